@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         SamplingPipeline,
     )
     from hooktuner.plugins import PluginSet
-    from hooktuner.run import RunResult, run
+    from hooktuner.story import RunResult, run
     from hooktuner.step import Batch, Conditioning, Step, StepResult
     from hooktuner.technique import BlockCall, BlockInterceptor, Clip, OffloadStrategy, Regularizer
 
@@ -58,7 +58,7 @@ _HOMES = {
         "SampleRequest", "SamplingPipeline",
     ),
     "plugins": ("PluginSet",),
-    "run": ("RunResult", "run"),
+    "story": ("RunResult", "run"),
     "step": ("Batch", "Conditioning", "Step", "StepResult"),
     "technique": ("BlockCall", "BlockInterceptor", "Clip", "OffloadStrategy", "Regularizer"),
 }  # fmt: skip

@@ -7,20 +7,38 @@ are filled from the model card. `draft.py` reads files and flags, `assemble.py` 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from hooktuner.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from hooktuner.context import Run
-    from hooktuner.errors import Problem
+
+
+_STRICT = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    validate_default=True,
+    allow_inf_nan=False,
+    coerce_numbers_to_str=True,
+    protected_namespaces=(),
+)
 
 
 def _as_bool(value: object) -> object:
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     return value
+
+
+def _as_names(value: object) -> object:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
 Flag = Annotated[bool, BeforeValidator(_as_bool)]
@@ -33,25 +51,26 @@ class PluginOptions(BaseModel):
     `cache_fields` names the fields on which cached `text`, `latents` or `features` depend; they join the cache key.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = _STRICT
     cache_fields: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def active(self) -> bool | None:
         """Whether these values switch the plugin on (True), say explicitly that it is off (False), or neither (None).
 
-        Asked for installed plugins whose keys occur in the config. Families and plugins without a switch keep None.
+        Asked of plugins whose keys occur in the config. A switch is explicit: its default must be None, and False
+        must come from a value that the user wrote. Families and plugins without a switch keep None.
         """
         return None
 
     def problems(self, run: Run) -> Iterable[Problem]:
-        """What does not fit together, asked once before anything is loaded. `run.card` and `run.config` are complete."""
+        """What does not fit together, asked before anything is loaded. `run.card` and `run.config` are complete."""
         return ()
 
 
 class RunConfig(BaseModel):
     """Every config key that core owns."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = _STRICT
 
     # ------------------------------------------------------------------------------------------------- identity
     model_family: str | None = Field(None, description="The model family: the name of a family plugin, or an alias.")
@@ -60,7 +79,9 @@ class RunConfig(BaseModel):
     pretrained_model_name_or_path: str | None = Field(
         None, description="Hub id or folder of the checkpoint in the diffusers layout; default: the flavour's."
     )
-    plugins: tuple[str, ...] = Field((), description="Further plugins to activate, in this order.")
+    plugins: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = Field(
+        (), description="Further plugins to activate, in this order: a list, or names separated by commas."
+    )
     output_dir: str = Field("output", description="The run folder: config, metrics, checkpoints, validation media.")
     cache_dir: str | None = Field(
         None, description="Where encoded captions and clips are kept; default: `cache` beside the run folder."
@@ -131,8 +152,9 @@ class RunConfig(BaseModel):
 
     # ------------------------------------------------------------------------------------------------- adapter
     lora_rank: int = Field(16, ge=1, description="Rank of the adapter.")
-    lora_alpha: float | None = Field(None, gt=0, description="Scale numerator; the adapter is scaled by alpha / rank; "
-                                     "default: the rank.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="Scale numerator; the adapter is scaled by alpha / rank; default: the rank."
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
 
     # ------------------------------------------------------------------------------------------------- flow
@@ -146,12 +168,14 @@ class RunConfig(BaseModel):
     flow_beta_schedule_beta: float = Field(2.0, gt=0, description="Second parameter of the Beta law.")
 
     # ------------------------------------------------------------------------------------------------- checkpoints
-    checkpoint_step_interval: int = Field(500, ge=1, description="Save a checkpoint every so many steps, and at the end.")
+    checkpoint_step_interval: int = Field(
+        500, ge=1, description="Save a checkpoint every so many steps, and at the end."
+    )
     checkpoints_total_limit: int = Field(5, ge=0, description="Keep at most so many checkpoints; 0 keeps all.")
     resume_from_checkpoint: str | None = Field(
         "latest",
-        description="`latest` (the newest checkpoint of the run folder, a fresh start where there is none), the path of "
-        "a checkpoint, its name in the run folder, or `none`.",
+        description="`latest` (the newest checkpoint of the run folder, a fresh start where there is none), the path "
+        "of a checkpoint, its name in the run folder, or `none`.",
     )
 
     # ------------------------------------------------------------------------------------------------- validation
@@ -164,30 +188,77 @@ class RunConfig(BaseModel):
     validation_step_interval: int = Field(100, ge=1, description="Validate every so many steps, and at the end.")
     validation_at_start: Flag = Field(False, description="Also validate before the first step.")
     validation_resolution: str | None = Field(
-        None, description="`WIDTHxHEIGHT` in pixels (or one number for a square); several separated by commas; family "
-        "default."
+        None,
+        description="`WIDTHxHEIGHT` in pixels (or one number for a square); several separated by commas; family "
+        "default.",
     )
-    validation_num_video_frames: int | None = Field(None, ge=1, description="Frames of validation videos; family default.")
+    validation_num_video_frames: int | None = Field(
+        None, ge=1, description="Frames of validation videos; family default."
+    )
     validation_num_inference_steps: int = Field(30, ge=1, description="Sampling steps.")
     validation_guidance: float | None = Field(None, ge=0, description="Classifier-free guidance scale; family default.")
     validation_seed: int | None = Field(None, ge=0, description="Seed of validation noise; default: `seed`.")
     validation_using_datasets: Flag = Field(
         False, description="Take first frames for validation from the dataset `eval_dataset_id`."
     )
-    eval_dataset_id: str | None = Field(None, description="The id of the dataset that `validation_using_datasets` uses.")
+    eval_dataset_id: str | None = Field(
+        None, description="The id of the dataset that `validation_using_datasets` uses."
+    )
 
     # ------------------------------------------------------------------------------------------------- reporting
     report_to: Literal["none", "tensorboard"] = Field("none", description="Tracker besides `metrics.jsonl`.")
     tracker_project_name: str = Field("hooktuner", description="Project name for the tracker.")
     tracker_run_name: str | None = Field(None, description="Run name for the tracker; default: the run folder's name.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _family_name(cls, values: Any) -> Any:
-        """Family names may be typed with underscores."""
-        if isinstance(values, dict) and isinstance(values.get("model_family"), str):
-            values = {**values, "model_family": values["model_family"].strip().lower().replace("_", "-")}
-        return values
+    def validation_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) in pixels of each validation sample, from `validation_resolution`.
+
+        Errors: `ValueError` with a sentence that says what is wrong.
+        """
+        return tuple(_size(part) for part in (self.validation_resolution or "").split(",") if part.strip())
+
+    def prompts(self) -> dict[str, str]:
+        """Validation prompts by nickname: `validation_prompt` as `validation`, then the prompt library.
+
+        Errors: `ConfigError` for a library that cannot be used.
+        """
+        prompts = {} if self.validation_prompt is None else {"validation": self.validation_prompt}
+        return {**prompts, **(prompt_library(Path(self.user_prompt_library)) if self.user_prompt_library else {})}
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?", text)
+    if match is None or int(match[1]) == 0 or (match[2] is not None and int(match[2]) == 0):
+        raise ValueError(f'"{text.strip()}" is not a size; write WIDTHxHEIGHT in pixels, such as 512x768')
+    return int(match[1]), int(match[2] or match[1])
+
+
+def prompt_library(path: Path) -> dict[str, str]:
+    """Read a prompt library: a JSON object, nickname → prompt.
+
+    Errors: `ConfigError` for a file that is missing, not JSON, or holds anything but text.
+    """
+    try:
+        library = json.loads(path.expanduser().read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as failure:
+        where = f"{path}: line {failure.lineno}, column {failure.colno}"
+        raise ConfigError(
+            Problem(where, "the prompt library is not JSON", "JSON has no comments and no comma after the last entry.")
+        ) from None
+    except (OSError, UnicodeDecodeError) as failure:
+        why = failure.strerror or str(failure) if isinstance(failure, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            Problem(str(path), f"the prompt library cannot be read: {why}", "Correct user_prompt_library.")
+        ) from None
+    form = 'Write {"nickname": "prompt", …}.'
+    if not isinstance(library, dict):
+        raise ConfigError(Problem(str(path), "a prompt library is one JSON object", form))
+    wrong = [
+        Problem(f"{path}: {name}", "a prompt is text", form) for name, text in library.items() if type(text) is not str
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    return library
 
 
 ALIASES: Mapping[str, str] = {

@@ -115,9 +115,7 @@ class HookSpecs(Protocol):
         ...
 
     @_spec("slot", required=True)
-    def encode_text(
-        self, run: Run, encoder: Any, captions: Sequence[str]
-    ) -> Sequence[Mapping[str, torch.Tensor]]:
+    def encode_text(self, run: Run, encoder: Any, captions: Sequence[str]) -> Sequence[Mapping[str, torch.Tensor]]:
         """Encode captions into the tensors that `predict` and sampling need.
 
         When: once per distinct caption, also "" (caption dropout) and validation prompts; under `no_grad`.

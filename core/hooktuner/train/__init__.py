@@ -1,1 +1,1 @@
-"""."""
+"""The training rooms: engine, precision, blocks, adapters, optimizer, kernel, metrics, checkpoints, validation."""

@@ -1,0 +1,198 @@
+"""Validation: prompts through the family's own diffusers pipeline, with the live denoiser and cached embeddings.
+
+It has its own random stream (CPU generators from `validation_seed`), so training is bit-equal with validation on or
+off. The pipeline (its VAE) is loaded for each validation and released after it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hooktuner.context import Run
+from hooktuner.data import write_video
+from hooktuner.errors import ModelError
+from hooktuner.family import Part, SampleRequest, SamplingPipeline
+from hooktuner.files import partial_name
+from hooktuner.plugins import PluginSet
+from hooktuner.train.precision import autocast
+
+FOLDER = "validation"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to sample; `name` is safe in file names and unique."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """A validation size in pixels."""
+
+    width: int
+    height: int
+
+
+def read_prompts(validation_prompt: str | None, library: str | None) -> list[Prompt]:
+    """All prompts of a config: `validation_prompt` under the name `validation`, then the library's in its order.
+
+    Characters that file systems refuse become underscores; two nicknames that become equal are numbered.
+    """
+    wanted: list[tuple[str, str]] = []
+    if validation_prompt:
+        wanted.append(("validation", validation_prompt))
+    if library:
+        wanted.extend(json.loads(Path(library).read_text(encoding="utf-8")).items())
+    prompts: list[Prompt] = []
+    for nickname, text in wanted:
+        stem = re.sub(r"[^\w.-]+", "_", nickname).strip("._") or "prompt"
+        name, number = stem, 1
+        while name in {prompt.name for prompt in prompts}:
+            number += 1
+            name = f"{stem}-{number}"
+        prompts.append(Prompt(name, text))
+    return prompts
+
+
+def parse_sizes(text: str, multiple: int) -> list[Size]:
+    """`768x512`, `512` (a square), or several separated by commas; each side rounded to the nearest `multiple`.
+
+    Errors: `ValueError` with a plain sentence.
+    """
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(f"{part.strip()!r} is not WIDTHxHEIGHT in pixels")
+        width, height = (int(side) for side in (match[1], match[2] or match[1]))
+        width, height = (max(multiple, round(side / multiple) * multiple) for side in (width, height))
+        sizes.append(Size(width, height))
+    return sizes
+
+
+class Validator:
+    """Samples every prompt at every size. `text` gives cached embeddings, `first_frames` conditioning images."""
+
+    def __init__(
+        self,
+        run: Run,
+        plugins: PluginSet,
+        prompts: Sequence[Prompt],
+        text: Callable[[str], Mapping[str, Tensor]],
+        first_frames: Sequence[Image.Image] = (),
+    ) -> None:
+        assert run.card is not None
+        config = run.config
+        self.run = run
+        self.plugins = plugins
+        self.prompts = list(prompts)
+        self._text = text
+        self._first_frames = list(first_frames)
+        latents = run.card.latents_of(run.flavour.name)
+        self._sizes = parse_sizes(_given(config.validation_resolution, "validation_resolution"), latents.size_multiple)
+        self._frames = (
+            1
+            if run.card.media == "image"
+            else _given(config.validation_num_video_frames, "validation_num_video_frames")
+        )
+        self._guidance = _given(config.validation_guidance, "validation_guidance")
+        self._negative = config.validation_negative_prompt or ""
+        self._seed = config.seed if config.validation_seed is None else config.validation_seed
+
+    def texts(self) -> list[str]:
+        """Every caption whose embedding validation needs."""
+        return [*(prompt.text for prompt in self.prompts), self._negative] if self.prompts else []
+
+    def requests(self) -> Iterator[tuple[str, SampleRequest]]:
+        """(file stem, request) for every prompt, size and first frame."""
+        images = self._first_frames or [None]
+        for prompt in self.prompts:
+            for size in self._sizes:
+                for number, image in enumerate(images):
+                    suffix = f"_{number}" if len(images) > 1 else ""
+                    yield (
+                        f"{prompt.name}_{size.width}x{size.height}{suffix}",
+                        SampleRequest(
+                            prompt=self._text(prompt.text),
+                            negative=self._text(self._negative),
+                            width=size.width,
+                            height=size.height,
+                            frames=self._frames,
+                            steps=self.run.config.validation_num_inference_steps,
+                            guidance=self._guidance,
+                            seed=self._seed,
+                            image=image,
+                        ),
+                    )
+
+    def validate(
+        self, denoiser: nn.Module, step: int, on_sample: Callable[[str], object] = lambda stem: None
+    ) -> list[Path]:
+        """Write media of the live denoiser under `validation/step-NNNNNN/`; returns the files."""
+        if not self.prompts:
+            return []
+        folder = self.run.output_dir / FOLDER / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        with sampling(self.run, self.plugins, denoiser) as pipeline:
+            for stem, request in self.requests():
+                frames_FHWC = pipeline.sample(denoiser, request)
+                files.append(self._write(folder / stem, frames_FHWC))
+        return files
+
+    def _write(self, stem: Path, frames_FHWC: Any) -> Path:
+        assert self.run.card is not None
+        if self.run.card.media == "image":
+            path = stem.with_name(stem.name + ".png")
+            temporary = partial_name(path)
+            Image.fromarray(frames_FHWC[0]).save(temporary)
+            temporary.replace(path)
+        else:
+            path = stem.with_name(stem.name + ".mp4")
+            write_video(path, frames_FHWC, _given(self.run.config.frame_rate, "frame_rate"))
+        return path
+
+
+@contextmanager
+def sampling(run: Run, plugins: PluginSet, denoiser: nn.Module) -> Iterator[SamplingPipeline]:
+    """The family's pipeline around a live denoiser: evaluation mode, no gradients, untouched random streams."""
+    assert run.compute_dtype is not None
+    assert run.device is not None
+    training = denoiser.training
+    devices = [run.device] if run.device.type == "cuda" else []
+    pipeline = None
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), autocast(run.device, run.compute_dtype):
+            denoiser.eval()
+            pipeline = plugins.load_model(run, Part.PIPELINE)
+            if not callable(getattr(pipeline, "sample", None)):
+                raise ModelError(f"{plugins.family.name} — its sampling pipeline has no method sample().")
+            yield pipeline
+    finally:
+        del pipeline
+        denoiser.train(training)
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _given(value: Any, key: str) -> Any:
+    if value is None:
+        raise ModelError(
+            f"{key} — neither the config nor the model family says a value for it. Set it in the config, or set "
+            '"validation_disable": true.'
+        )
+    return value
