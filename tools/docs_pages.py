@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-
 from hooktuner.cli import cli
 from hooktuner.config import RunConfig
 from hooktuner.discovery import SPECS, Plugin, installed_plugins
@@ -69,12 +69,12 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 def _hook(name: str, spec: Any) -> str:
     signature = inspect.signature(spec)
-    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
-    shown = signature.replace(parameters=parameters)
+    parameters = [f"{each.name}: {each.annotation}" for each in signature.parameters.values() if each.name != "self"]
+    shown = f"({', '.join(parameters)}) -> {signature.return_annotation}"
     required = " A family must implement it." if spec.required else ""
     hot = " Called in every step." if spec.hot else ""
     facts = f"Who: {WHO[spec.combines]}.{required} Combines: {HOW[spec.combines]}.{hot}"
-    return f"```python\n{name}{shown}\n```\n\n{facts}\n\n{_prose(inspect.getdoc(spec) or '')}".replace("'", "'")
+    return f"```python\n{name}{shown}\n```\n\n{facts}\n\n{_prose(inspect.getdoc(spec) or '')}"
 
 
 def _prose(docstring: str, *, skip_first: bool = False) -> str:
@@ -84,16 +84,11 @@ def _prose(docstring: str, *, skip_first: bool = False) -> str:
     for paragraph in paragraphs:
         lines = paragraph.split("\n")
         if all(line.startswith("    ") for line in lines):
-            out.append("```\n" + inspect.cleandoc(paragraph) + "\n```")
+            out.append("```\n" + textwrap.dedent(paragraph) + "\n```")
             continue
         text = re.sub(r"(?:^|(?<=[.;])\s+)(When|Receives|Returns|Errors): ", r"\n- **\1:** ", " ".join(lines))
         out.append(text.replace("\n- ", "\n\n- ", 1).strip())
-    return _as_code_blocks(out)
-
-
-def _as_code_blocks(blocks: Sequence[str]) -> str:
-    """Neighbouring code blocks belong together."""
-    return "\n\n".join(blocks).replace("\n```\n\n```\n", "\n\n")
+    return "\n\n".join(out).replace("\n```\n\n```\n", "\n\n")  # neighbouring code blocks belong together
 
 
 def config_page() -> str:

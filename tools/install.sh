@@ -10,7 +10,7 @@ python=.venv/bin/python
 
 arguments=(-c constraints.txt -e '.[tensorboard]')
 for project in plugins/*/pyproject.toml; do arguments+=(-e "$(dirname "$project")"); done
-arguments+=(hypothesis import-linter pyright pytest pytest-xdist ruff)
+arguments+=(hypothesis import-linter 'pyright[nodejs]' pytest pytest-xdist ruff)
 
 if [ -x .venv/bin/uv ] || $python -m pip install --quiet --disable-pip-version-check uv; then
   # uv does not read pip's setting for folders of wheels, so pass it on.

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
         SamplingPipeline,
     )
     from hooktuner.plugins import PluginSet
-    from hooktuner.story import RunResult, run
     from hooktuner.step import Batch, Conditioning, Step, StepResult
+    from hooktuner.story import RunResult, run
     from hooktuner.technique import BlockCall, BlockInterceptor, Clip, OffloadStrategy, Regularizer
 
 __version__ = "0.1.0"

@@ -178,7 +178,7 @@ def schema(plugins: tuple[str, ...]) -> None:
     click.echo(json.dumps(json_schema([RunConfig, *models]), indent=2, ensure_ascii=False))
 
 
-@config.command()
+@config.command(context_settings={"ignore_unknown_options": True})
 @click.argument("key")
 def explain(key: str) -> None:
     """Describe one config key: type, default, meaning, owner, other spellings."""

@@ -73,142 +73,170 @@ class RunConfig(BaseModel):
     model_config = _STRICT
 
     # ------------------------------------------------------------------------------------------------- identity
-    model_family: str | None = Field(None, description="The model family: the name of a family plugin, or an alias.")
-    model_flavour: str | None = Field(None, description="Which released checkpoint of the family; family default.")
-    model_type: Literal["lora", "full"] = Field("lora", description="Train a low-rank adapter, or all weights.")
+    model_family: str | None = Field(
+        default=None, description="The model family: the name of a family plugin, or an alias."
+    )
+    model_flavour: str | None = Field(
+        default=None, description="Which released checkpoint of the family; family default."
+    )
+    model_type: Literal["lora", "full"] = Field(default="lora", description="Train a low-rank adapter, or all weights.")
     pretrained_model_name_or_path: str | None = Field(
-        None, description="Hub id or folder of the checkpoint in the diffusers layout; default: the flavour's."
+        default=None, description="Hub id or folder of the checkpoint in the diffusers layout; default: the flavour's."
     )
     plugins: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = Field(
-        (), description="Further plugins to activate, in this order: a list, or names separated by commas."
+        default=(), description="Further plugins to activate, in this order: a list, or names separated by commas."
     )
-    output_dir: str = Field("output", description="The run folder: config, metrics, checkpoints, validation media.")
+    output_dir: str = Field(
+        default="output", description="The run folder: config, metrics, checkpoints, validation media."
+    )
     cache_dir: str | None = Field(
-        None, description="Where encoded captions and clips are kept; default: `cache` beside the run folder."
+        default=None, description="Where encoded captions and clips are kept; default: `cache` beside the run folder."
     )
-    seed: int = Field(42, ge=0, description="Everything random is a function of this number.")
-    data_backend_config: str | None = Field(None, description="Path of the datasets file (a JSON list).")
+    seed: int = Field(default=42, ge=0, description="Everything random is a function of this number.")
+    data_backend_config: str | None = Field(default=None, description="Path of the datasets file (a JSON list).")
 
     # ------------------------------------------------------------------------------------------------- data
     resolution: float = Field(
-        512, gt=0, description="Default size of clips for datasets without their own, in the unit of `resolution_type`."
+        default=512,
+        gt=0,
+        description="Default size of clips for datasets without their own, in the unit of `resolution_type`.",
     )
     resolution_type: Literal["pixel", "area", "pixel_area"] = Field(
-        "pixel_area",
+        default="pixel_area",
         description="What `resolution` means: `pixel` = shorter edge in pixels, `area` = megapixels, "
         "`pixel_area` = edge in pixels of a square of the same area.",
     )
     frame_rate: float | None = Field(
-        None, gt=0, description="Frames per second of training clips and validation videos; family default."
+        default=None, gt=0, description="Frames per second of training clips and validation videos; family default."
     )
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(
-        None, description="Default caption source for datasets without their own."
+        default=None, description="Default caption source for datasets without their own."
     )
     caption_dropout_probability: float = Field(
-        0.1, ge=0, le=1, description="Share of samples that are trained with the empty caption (needed for guidance)."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of samples that are trained with the empty caption (needed for guidance).",
     )
-    vae_batch_size: int = Field(1, ge=1, description="Clips encoded at a time while caching.")
+    vae_batch_size: int = Field(default=1, ge=1, description="Clips encoded at a time while caching.")
     offload_during_startup: Flag = Field(
-        True,
+        default=True,
         description="Never hold the VAE and a text encoder on the device together while caching. This is how hooktuner "
         "always works; `false` is refused.",
     )
 
     # ------------------------------------------------------------------------------------------------- steps
-    train_batch_size: int = Field(1, ge=1, description="Samples per micro-batch and process.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step and process.")
-    max_train_steps: int | None = Field(None, ge=1, description="Optimizer steps to train; this or num_train_epochs.")
-    num_train_epochs: int | None = Field(None, ge=1, description="Passes over all samples; this or max_train_steps.")
+    train_batch_size: int = Field(default=1, ge=1, description="Samples per micro-batch and process.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Micro-batches per optimizer step and process."
+    )
+    max_train_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps to train; this or num_train_epochs."
+    )
+    num_train_epochs: int | None = Field(
+        default=None, ge=1, description="Passes over all samples; this or max_train_steps."
+    )
     mixed_precision: Literal["no", "bf16"] = Field(
-        "bf16",
+        default="bf16",
         description="`bf16`: bfloat16 arithmetic (frozen weights are stored in bfloat16, trained ones in float32); "
         "`no`: float32.",
     )
     gradient_checkpointing: Flag = Field(
-        True, description="Recompute transformer blocks in the backward pass instead of keeping their activations."
+        default=True,
+        description="Recompute transformer blocks in the backward pass instead of keeping their activations.",
     )
     gradient_checkpointing_interval: int = Field(
-        1, ge=1, description="Recompute every n-th block only (1 = every block): more memory, less time."
+        default=1, ge=1, description="Recompute every n-th block only (1 = every block): more memory, less time."
     )
 
     # ------------------------------------------------------------------------------------------------- optimizer
-    optimizer: Literal["adamw", "torch-adamw"] = Field("adamw", description="The optimizer.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    optimizer: Literal["adamw", "torch-adamw"] = Field(default="adamw", description="The optimizer.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
-    ] = Field("constant_with_warmup", description="Shape of the learning rate over the run, after the warm-up.")
-    lr_warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
-    lr_num_cycles: int = Field(1, ge=1, description="Cycles of cosine_with_restarts and sine.")
-    lr_power: float = Field(1.0, gt=0, description="Exponent of the polynomial schedule.")
-    lr_end: float = Field(0.0, ge=0, description="Learning rate at the end of linear, cosine and polynomial.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW: decay of the second moment.")
-    adam_weight_decay: float = Field(0.01, ge=0, description="AdamW: decoupled weight decay.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this; 0 switches clipping off.")
+    ] = Field(default="constant_with_warmup", description="Shape of the learning rate over the run, after the warm-up.")
+    lr_warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises linearly from 0."
+    )
+    lr_num_cycles: int = Field(default=1, ge=1, description="Cycles of cosine_with_restarts and sine.")
+    lr_power: float = Field(default=1.0, gt=0, description="Exponent of the polynomial schedule.")
+    lr_end: float = Field(default=0.0, ge=0, description="Learning rate at the end of linear, cosine and polynomial.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the first moment.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the second moment.")
+    adam_weight_decay: float = Field(default=0.01, ge=0, description="AdamW: decoupled weight decay.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the denominator.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Clip gradients to this; 0 switches clipping off.")
     grad_clip_method: Literal["norm", "value"] = Field(
-        "norm", description="Clip the global norm, or each element, to `max_grad_norm`."
+        default="norm", description="Clip the global norm, or each element, to `max_grad_norm`."
     )
 
     # ------------------------------------------------------------------------------------------------- adapter
-    lora_rank: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
     lora_alpha: float | None = Field(
-        None, gt=0, description="Scale numerator; the adapter is scaled by alpha / rank; default: the rank."
+        default=None, gt=0, description="Scale numerator; the adapter is scaled by alpha / rank; default: the rank."
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
 
     # ------------------------------------------------------------------------------------------------- flow
     flow_schedule_shift: float | None = Field(
-        None, gt=0, description="Shift of the training noise levels, s·σ/(1+(s−1)·σ); family default."
+        default=None, gt=0, description="Shift of the training noise levels, s·σ/(1+(s−1)·σ); family default."
     )
-    flow_sigmoid_scale: float = Field(1.0, gt=0, description="σ = sigmoid(scale · N(0,1)) before the shift.")
-    flow_use_uniform_schedule: Flag = Field(False, description="Draw σ uniformly before the shift.")
-    flow_use_beta_schedule: Flag = Field(False, description="Draw σ from a Beta law before the shift.")
-    flow_beta_schedule_alpha: float = Field(2.0, gt=0, description="First parameter of the Beta law.")
-    flow_beta_schedule_beta: float = Field(2.0, gt=0, description="Second parameter of the Beta law.")
+    flow_sigmoid_scale: float = Field(default=1.0, gt=0, description="σ = sigmoid(scale · N(0,1)) before the shift.")
+    flow_use_uniform_schedule: Flag = Field(default=False, description="Draw σ uniformly before the shift.")
+    flow_use_beta_schedule: Flag = Field(default=False, description="Draw σ from a Beta law before the shift.")
+    flow_beta_schedule_alpha: float = Field(default=2.0, gt=0, description="First parameter of the Beta law.")
+    flow_beta_schedule_beta: float = Field(default=2.0, gt=0, description="Second parameter of the Beta law.")
 
     # ------------------------------------------------------------------------------------------------- checkpoints
     checkpoint_step_interval: int = Field(
-        500, ge=1, description="Save a checkpoint every so many steps, and at the end."
+        default=500, ge=1, description="Save a checkpoint every so many steps, and at the end."
     )
-    checkpoints_total_limit: int = Field(5, ge=0, description="Keep at most so many checkpoints; 0 keeps all.")
+    checkpoints_total_limit: int = Field(default=5, ge=0, description="Keep at most so many checkpoints; 0 keeps all.")
     resume_from_checkpoint: str | None = Field(
-        "latest",
+        default="latest",
         description="`latest` (the newest checkpoint of the run folder, a fresh start where there is none), the path "
         "of a checkpoint, its name in the run folder, or `none`.",
     )
 
     # ------------------------------------------------------------------------------------------------- validation
-    validation_disable: Flag = Field(False, description="Do not make validation media.")
-    validation_prompt: str | None = Field(None, description="A prompt to sample at each validation.")
+    validation_disable: Flag = Field(default=False, description="Do not make validation media.")
+    validation_prompt: str | None = Field(default=None, description="A prompt to sample at each validation.")
     user_prompt_library: str | None = Field(
-        None, description="Path of a JSON object, nickname → prompt; each is sampled at each validation."
+        default=None, description="Path of a JSON object, nickname → prompt; each is sampled at each validation."
     )
-    validation_negative_prompt: str | None = Field(None, description="Negative prompt for guidance; family default.")
-    validation_step_interval: int = Field(100, ge=1, description="Validate every so many steps, and at the end.")
-    validation_at_start: Flag = Field(False, description="Also validate before the first step.")
+    validation_negative_prompt: str | None = Field(
+        default=None, description="Negative prompt for guidance; family default."
+    )
+    validation_step_interval: int = Field(
+        default=100, ge=1, description="Validate every so many steps, and at the end."
+    )
+    validation_at_start: Flag = Field(default=False, description="Also validate before the first step.")
     validation_resolution: str | None = Field(
-        None,
+        default=None,
         description="`WIDTHxHEIGHT` in pixels (or one number for a square); several separated by commas; family "
         "default.",
     )
     validation_num_video_frames: int | None = Field(
-        None, ge=1, description="Frames of validation videos; family default."
+        default=None, ge=1, description="Frames of validation videos; family default."
     )
-    validation_num_inference_steps: int = Field(30, ge=1, description="Sampling steps.")
-    validation_guidance: float | None = Field(None, ge=0, description="Classifier-free guidance scale; family default.")
-    validation_seed: int | None = Field(None, ge=0, description="Seed of validation noise; default: `seed`.")
+    validation_num_inference_steps: int = Field(default=30, ge=1, description="Sampling steps.")
+    validation_guidance: float | None = Field(
+        default=None, ge=0, description="Classifier-free guidance scale; family default."
+    )
+    validation_seed: int | None = Field(default=None, ge=0, description="Seed of validation noise; default: `seed`.")
     validation_using_datasets: Flag = Field(
-        False, description="Take first frames for validation from the dataset `eval_dataset_id`."
+        default=False, description="Take first frames for validation from the dataset `eval_dataset_id`."
     )
     eval_dataset_id: str | None = Field(
-        None, description="The id of the dataset that `validation_using_datasets` uses."
+        default=None, description="The id of the dataset that `validation_using_datasets` uses."
     )
 
     # ------------------------------------------------------------------------------------------------- reporting
-    report_to: Literal["none", "tensorboard"] = Field("none", description="Tracker besides `metrics.jsonl`.")
-    tracker_project_name: str = Field("hooktuner", description="Project name for the tracker.")
-    tracker_run_name: str | None = Field(None, description="Run name for the tracker; default: the run folder's name.")
+    report_to: Literal["none", "tensorboard"] = Field(default="none", description="Tracker besides `metrics.jsonl`.")
+    tracker_project_name: str = Field(default="hooktuner", description="Project name for the tracker.")
+    tracker_run_name: str | None = Field(
+        default=None, description="Run name for the tracker; default: the run folder's name."
+    )
 
     def validation_sizes(self) -> tuple[tuple[int, int], ...]:
         """(width, height) in pixels of each validation sample, from `validation_resolution`.

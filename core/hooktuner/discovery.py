@@ -182,9 +182,14 @@ def catalogue(notes: list[str] | None = None) -> dict[str, Published]:
     for entry_point in entry_points(group=CATALOGUE_GROUP):
         try:
             for name, entry in entry_point.load().items():
-                lists = {field: tuple(entry.get(field, ())) for field in ("keys", "aliases")}
-                texts = {field: str(entry[field]) for field in ("distribution", "kind", "summary")}
-                merged[normal_name(name)] = Published(normal_name(name), **texts, **lists)
+                merged[normal_name(name)] = Published(
+                    name=normal_name(name),
+                    distribution=str(entry["distribution"]),
+                    kind=str(entry["kind"]),
+                    summary=str(entry["summary"]),
+                    keys=tuple(entry.get("keys", ())),
+                    aliases=tuple(entry.get("aliases", ())),
+                )
         except Exception as failure:
             if notes is not None:
                 notes.append(f"The catalogue {entry_point.value} cannot be read: {type(failure).__name__}: {failure}.")

@@ -17,9 +17,9 @@ How answers combine is declared by the decorator of each spec:
     nested      every answer wraps the next, by declared stage, then in the order the user wrote
     each        every plugin is told; answers are ignored
 
-Plugins are called in the order in which the user wrote them (`--plugin`, then the config's `plugins`, then those
-that config keys switched on). An exception in a plugin keeps its traceback and gains a note with plugin, version
-and hook. An answer of another type than the spec's annotation is an error that names the plugin.
+Plugins are called family first, then in the order in which the user wrote them (`--plugin`, then the config's
+`plugins`, then those that config keys switched on). An exception in a plugin keeps its traceback and gains a note
+with plugin, version and hook. An answer of another type than the spec's annotation is an error that names the plugin.
 """
 
 from __future__ import annotations
@@ -94,8 +94,12 @@ class HookSpecs(Protocol):
 
     @_spec("union")
     def commands(self, group: click.Group) -> None:
-        """Add commands to `tuner`. Called only for plugins named by `--plugin` before the command, and for
-        `tuner --help`. Must not import torch. Returns nothing."""
+        """Add commands to `tuner`.
+
+        When: for `tuner --help`, and to look for a command that core does not have; asked of every installed plugin.
+        Must not import torch. One that fails, or whose name is taken, is left out with a note.
+        Receives: a click group to add to. Returns nothing.
+        """
         ...
 
     # -------------------------------------------------------------------------------------------- before step 1

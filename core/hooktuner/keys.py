@@ -122,7 +122,7 @@ def takes_text_only(field: FieldInfo) -> bool:
 def _choices(field: FieldInfo) -> list[Mapping[str, Any]]:
     from pydantic import TypeAdapter
 
-    schema = TypeAdapter(field.annotation).json_schema()
+    schema = TypeAdapter[Any](field.annotation or Any).json_schema()
     return list(schema.get("anyOf", [schema]))
 
 
@@ -205,7 +205,8 @@ def _in_words(detail: Any, known: Sequence[str]) -> tuple[str, str]:
         return f"must have at {'least' if least else 'most'} {count} entries, not {shown}", ""
     for limit, words in _LIMITS.items():
         if limit in context:
-            return f"must be {words} {context[limit]}, not {shown}", ""
+            bound = context[limit]
+            return f"must be {words} {f'{bound:g}' if isinstance(bound, float) else bound}, not {shown}", ""
     message = detail["msg"].replace("Input should be", "must be")
     return f"{message[0].lower()}{message[1:]}, not {shown}", ""
 

@@ -281,6 +281,8 @@ class _Story:
             run.model_path = source  # its transformer/ has the layout of a checkpoint
         denoiser: nn.Module = plugins.load_model(run, Part.DENOISER)
         run.model_path = base
+        if source is not None and config.model_type == "full":  # exports keep naming the model it came from
+            denoiser.register_to_config(_name_or_path=str(base))  # type: ignore[operator]
         denoiser.train()
         prepare_trainables(run, denoiser)
         run.anatomy = run.card.anatomy(run) if run.card.anatomy else None
@@ -314,11 +316,14 @@ class _Story:
         if not prompts:
             self.run.note("no validation prompt is set: no validation media will be made.")
             return None
-        images = []
+        first_frames = None
         if "first_frame" in self.run.flavour.conditioning:
             wanted = self.config.eval_dataset_id if self.config.validation_using_datasets else None
-            images = [image for image, _ in data.first_frames(1, dataset_id=wanted)]
-        return Validator(self.run, self.plugins, prompts, data.text, images)
+
+            def first_frames(size: tuple[int, int]) -> list[Any]:
+                return [image for image, _ in data.first_frames(wanted, len(prompts), size)]
+
+        return Validator(self.run, self.plugins, prompts, data.text, first_frames)
 
     def _report_plan(self, kernel: Kernel, loader: Loader, total: int) -> None:
         from hooktuner.train.adapters import parameter_bytes

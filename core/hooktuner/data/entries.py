@@ -119,7 +119,7 @@ class MediaDataset(_Entry):
 class VideoDataset(MediaDataset):
     """A folder of video files."""
 
-    dataset_type: Literal["video"] = "video"
+    dataset_type: Literal["video"] = Field("video", description="Video files.")
     video: VideoSettings = Field(
         default_factory=lambda: VideoSettings.model_validate({}), description="Lengths and frame rate."
     )
@@ -132,13 +132,13 @@ class VideoDataset(MediaDataset):
 class ImageDataset(MediaDataset):
     """A folder of images: clips of one frame, or first frames for validation (`eval_dataset_id`)."""
 
-    dataset_type: Literal["image"] = "image"
+    dataset_type: Literal["image"] = Field("image", description="Images.")
 
 
 class TextEmbedsDataset(_Entry):
     """Where encoded captions are kept."""
 
-    dataset_type: Literal["text_embeds"] = "text_embeds"
+    dataset_type: Literal["text_embeds"] = Field("text_embeds", description="Where encoded captions are kept.")
     default: Flag = Field(False, description="Use this entry; not needed where it is the only one.")
     cache_dir: str | None = Field(
         None, description="Folder of encoded captions; default: `text` in the run's `cache_dir`."

@@ -122,14 +122,15 @@ class MediaIndex:
             results = pool.map(lambda item: _examine(root, *item), fresh)
             group: list[IndexedFile] = []
             try:
-                for row in progress_over(results, total=len(fresh), label=f"reading {root.name}", console=console):
+                bar = progress_over(results, total=len(fresh), label=f"reading {root.name}", console=console)
+                for done, row in enumerate(bar, start=1):
                     rows[row.path] = row
                     group.append(row)
                     if len(group) == GROUP:
                         self._keep(group)
                         group = []
                     if stop is not None and stop():
-                        raise PreparationStopped(f"reading {root}", len(rows), len(present))
+                        raise PreparationStopped(f"reading {root}", done, len(fresh))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._keep(group)

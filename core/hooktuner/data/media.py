@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooktuner.data.buckets import TOLERANCE, CropPlan
+from hooktuner.data.buckets import CropPlan
 from hooktuner.files import partial_name
 
 if TYPE_CHECKING:
@@ -83,22 +83,17 @@ def probe_video(path: Path) -> MediaInfo:
         if first is None:
             raise UnreadableError("it has no frame")
         width, height = _display_size(first, stream)
-        guess = stream.average_rate or stream.guessed_rate
     with _opened(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         if any(packet.pts is None for packet in packets):
             times = _decoded_times(path)
         else:
             times = sorted({packet.pts * packet.time_base for packet in packets})
+        step = _step(stream)
     if not times:
         raise UnreadableError("it has no frame")
     span = times[-1] - times[0]
-    if span > 0:
-        rate = Fraction(len(times) - 1) / span
-    elif guess:
-        rate = Fraction(guess)
-    else:
-        rate = Fraction(1)
+    rate = Fraction(len(times) - 1) / span if span > 0 else 1 / step
     return MediaInfo(width, height, float(rate), float(span + 1 / rate), len(times))
 
 
@@ -109,7 +104,7 @@ def _decoded_times(path: Path) -> list[Fraction]:
 
 def _timed_frames(container: Any, stream: Any) -> Iterator[tuple[Any, Fraction]]:
     """Decoded frames with their time in seconds after the first; frames without a stamp follow at the stream's rate."""
-    step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+    step = _step(stream)
     begin: Fraction | None = None
     time = Fraction(0)
     for frame in container.decode(stream):
@@ -124,6 +119,11 @@ def _timed_frames(container: Any, stream: Any) -> Iterator[tuple[Any, Fraction]]
         else:
             time += step
         yield frame, time
+
+
+def _step(stream: Any) -> Fraction:
+    """How long a frame is shown, by what the container says of the whole stream."""
+    return 1 / Fraction(stream.average_rate or stream.guessed_rate or 1)
 
 
 def _display_size(frame: Any, stream: Any) -> tuple[int, int]:
@@ -149,7 +149,7 @@ def read_clip(
         else:
             rate = Fraction(frame_rate).limit_denominator(100_000)
             grid = [Fraction(start).limit_denominator(1_000_000) + i / rate for i in range(frames)]
-            chosen = _nearest(container, stream, grid, rate)
+            chosen = _nearest(container, stream, grid)
         done = 0
         for frame, uses in chosen:
             out[done] = resizer(frame)
@@ -170,11 +170,10 @@ def _one_by_one(container: Any, stream: Any, frames: int, start: float) -> Itera
             return
 
 
-def _nearest(container: Any, stream: Any, grid: list[Fraction], rate: Fraction) -> Iterator[tuple[Any, int]]:
+def _nearest(container: Any, stream: Any, grid: list[Fraction]) -> Iterator[tuple[Any, int]]:
     """(frame, number of grid times for which it is the nearest), in order, up to the end of the grid or the file."""
     previous: tuple[Any, Fraction] | None = None
-    step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
-    position = 0
+    position = seen = 0
     for frame, time in _timed_frames(container, stream):
         if previous is not None:
             uses = 0
@@ -185,10 +184,11 @@ def _nearest(container: Any, stream: Any, grid: list[Fraction], rate: Fraction) 
                 position += uses
             if position == len(grid):
                 return
-            step = max(time - previous[1], Fraction(0)) or step
         previous = (frame, time)
-    if previous is not None:  # the last frame is shown for as long as the one before it
-        until = previous[1] + step + Fraction(TOLERANCE) / rate
+        seen += 1
+    if previous is not None:  # the last frame is shown for the mean time of all, as `probe_video` counts
+        last = previous[1]
+        until = last + (last / (seen - 1) if last > 0 else _step(stream))
         uses = sum(1 for time in grid[position:] if time < until)
         if uses:
             yield previous[0], uses

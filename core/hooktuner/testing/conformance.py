@@ -6,7 +6,8 @@
         plugin = "my-plugin"
 
 Checks that do not apply are skipped with the reason: the packaging checks for a plugin object that is not installed,
-the family checks for a technique. A failing check says what is wrong with the plugin, not only what differs.
+the family checks for a technique. The family checks are in `conformance_family`, those that train whole runs in
+`conformance_runs`. A failing check says what is wrong with the plugin, not only what differs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from hooktuner.errors import ConfigError
 from hooktuner.hookspecs import GROUP
 from hooktuner.plugins import PluginSet
 from hooktuner.testing.conformance_family import FamilyChecks
+from hooktuner.testing.conformance_runs import RunChecks
 from hooktuner.testing.runs import as_plugin
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -56,7 +58,7 @@ print(json.dumps(sorted(set(sys.argv[3:]) & set(sys.modules))))
 """Run in a fresh interpreter: prints which of the heavy modules a plugin has imported."""
 
 
-class PluginConformance(FamilyChecks):
+class PluginConformance(FamilyChecks, RunChecks):
     """Inherit, name the plugin, and pytest runs every check."""
 
     plugin: ClassVar[Any]
@@ -86,7 +88,9 @@ class PluginConformance(FamilyChecks):
         wanted = "hooktuner_" + name.replace("-", "_")
         assert package == wanted, f"the entry point is in the package {package!r}; call it {wanted!r}"
         root = self._project_folder(plugin)
-        assert root is None or root.name == name, f"the project's folder is called {root.name!r}; call it {name!r}"
+        assert root is None or normal_name(root.name) == name, (
+            f"the project's folder is called {root.name!r}; call it {name.replace('-', '_')!r}"
+        )
 
     def test_dependency_on_core_is_bounded(self) -> None:
         """The distribution requires hooktuner, with an upper bound, because the hook API may change."""
@@ -111,12 +115,10 @@ class PluginConformance(FamilyChecks):
 
     def test_entry_module_is_light(self) -> None:
         """Importing the entry module and asking for options and card imports no torch, diffusers, transformers, …"""
-        plugin = self._plugin()
-        if plugin.entry_point is not None:
-            module, attribute = plugin.entry_point.module, plugin.entry_point.attr
-        else:
-            module, attribute = type(plugin.target).__module__, type(plugin.target).__qualname__
-        command = [sys.executable, "-c", _LIGHT, module, attribute, *HEAVY]
+        plugin = self._installed()
+        assert plugin.entry_point is not None
+        module = plugin.entry_point.module
+        command = [sys.executable, "-c", _LIGHT, module, plugin.entry_point.attr, *HEAVY]
         paths = os.pathsep.join(path for path in sys.path if path)
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
         assert done.returncode == 0, f"importing {module} in a fresh interpreter failed:\n{done.stderr}"
@@ -190,6 +192,10 @@ class PluginConformance(FamilyChecks):
         from hooktuner.testing.toy import ToyFamily
 
         return ToyFamily
+
+    def _family_flavour(self) -> str | None:
+        """The offline flavour of the family to run with; None is its default."""
+        return self.tiny_flavour if self._plugin().is_family or self.family is not None else None
 
     def _installed(self) -> Plugin:
         if not isinstance(self.plugin, str):

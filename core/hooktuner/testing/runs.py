@@ -60,6 +60,21 @@ def make_run(plugins: PluginSet | Any, flavour: str | None, folder: Path, **conf
     owned = not isinstance(plugins, PluginSet)
     if owned:
         plugins = make_plugins(plugins)
+    run = plan_run(plugins, flavour, folder, **config)
+    assert run.card is not None
+    if run.model_path is None and run.flavour.build is not None:
+        run.model_path = folder / f"model-{run.flavour.name}"
+        if not run.model_path.exists():
+            run.model_path.mkdir(parents=True)
+            run.flavour.build(run.model_path)
+    run.anatomy = run.card.anatomy(run) if run.card.anatomy else None
+    if owned:
+        plugins.close()
+    return run
+
+
+def plan_run(plugins: PluginSet, flavour: str | None, folder: Path, **config: Any) -> Run:
+    """The run of `make_run` before a checkpoint is built, for what the card and the config alone can answer."""
     values = {
         "model_family": plugins.family.name,
         "model_flavour": flavour,
@@ -74,17 +89,8 @@ def make_run(plugins: PluginSet | Any, flavour: str | None, folder: Path, **conf
     assembled = assemble(read_draft(values, plugins=wanted), with_datasets=False)
     assembled.plugins.close()
     run = assembled.run
-    assert run.card is not None
     run.device = torch.device("cpu")
     run.weight_dtype, run.compute_dtype = weight_dtype(run.config), compute_dtype(run.config)
-    if run.model_path is None and run.flavour.build is not None:
-        run.model_path = folder / f"model-{run.flavour.name}"
-        if not run.model_path.exists():
-            run.model_path.mkdir(parents=True)
-            run.flavour.build(run.model_path)
-    run.anatomy = run.card.anatomy(run) if run.card.anatomy else None
-    if owned:
-        plugins.close()
     return run
 
 

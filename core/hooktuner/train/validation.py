@@ -58,7 +58,7 @@ def read_prompts(validation_prompt: str | None, library: str | None) -> list[Pro
         wanted.extend(json.loads(Path(library).read_text(encoding="utf-8")).items())
     prompts: list[Prompt] = []
     for nickname, text in wanted:
-        stem = re.sub(r"[^\w.-]+", "_", nickname).strip("._") or "prompt"
+        stem = re.sub(r"_+", "_", re.sub(r"[^\w.-]", "_", nickname)).strip("._") or "prompt"
         name, number = stem, 1
         while name in {prompt.name for prompt in prompts}:
             number += 1
@@ -84,7 +84,11 @@ def parse_sizes(text: str, multiple: int) -> list[Size]:
 
 
 class Validator:
-    """Samples every prompt at every size. `text` gives cached embeddings, `first_frames` conditioning images."""
+    """Samples every prompt at every size.
+
+    `text` gives cached embeddings. `first_frames`, for flavours that start from one, gives images of a size (width,
+    height); prompts take them in turn.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class Validator:
         plugins: PluginSet,
         prompts: Sequence[Prompt],
         text: Callable[[str], Mapping[str, Tensor]],
-        first_frames: Sequence[Image.Image] = (),
+        first_frames: Callable[[tuple[int, int]], Sequence[Image.Image]] | None = None,
     ) -> None:
         assert run.card is not None
         config = run.config
@@ -100,47 +104,36 @@ class Validator:
         self.plugins = plugins
         self.prompts = list(prompts)
         self._text = text
-        self._first_frames = list(first_frames)
+        self._first_frames = first_frames
         latents = run.card.latents_of(run.flavour.name)
         self._sizes = parse_sizes(_given(config.validation_resolution, "validation_resolution"), latents.size_multiple)
-        self._frames = (
-            1
-            if run.card.media == "image"
-            else _given(config.validation_num_video_frames, "validation_num_video_frames")
-        )
+        still = run.card.media == "image"
+        self._frames = 1 if still else _given(config.validation_num_video_frames, "validation_num_video_frames")
         self._guidance = _given(config.validation_guidance, "validation_guidance")
         self._negative = config.validation_negative_prompt or ""
         self._seed = config.seed if config.validation_seed is None else config.validation_seed
 
-    def texts(self) -> list[str]:
-        """Every caption whose embedding validation needs."""
-        return [*(prompt.text for prompt in self.prompts), self._negative] if self.prompts else []
-
     def requests(self) -> Iterator[tuple[str, SampleRequest]]:
-        """(file stem, request) for every prompt, size and first frame."""
-        images = self._first_frames or [None]
-        for prompt in self.prompts:
-            for size in self._sizes:
-                for number, image in enumerate(images):
-                    suffix = f"_{number}" if len(images) > 1 else ""
-                    yield (
-                        f"{prompt.name}_{size.width}x{size.height}{suffix}",
-                        SampleRequest(
-                            prompt=self._text(prompt.text),
-                            negative=self._text(self._negative),
-                            width=size.width,
-                            height=size.height,
-                            frames=self._frames,
-                            steps=self.run.config.validation_num_inference_steps,
-                            guidance=self._guidance,
-                            seed=self._seed,
-                            image=image,
-                        ),
-                    )
+        """(file stem, request) for every size and prompt."""
+        for size in self._sizes:
+            images = self._first_frames((size.width, size.height)) if self._first_frames else [None]
+            for number, prompt in enumerate(self.prompts):
+                yield (
+                    f"{prompt.name}_{size.width}x{size.height}",
+                    SampleRequest(
+                        prompt=self._text(prompt.text),
+                        negative=self._text(self._negative),
+                        width=size.width,
+                        height=size.height,
+                        frames=self._frames,
+                        steps=self.run.config.validation_num_inference_steps,
+                        guidance=self._guidance,
+                        seed=self._seed,
+                        image=images[number % len(images)],
+                    ),
+                )
 
-    def validate(
-        self, denoiser: nn.Module, step: int, on_sample: Callable[[str], object] = lambda stem: None
-    ) -> list[Path]:
+    def validate(self, denoiser: nn.Module, step: int) -> list[Path]:
         """Write media of the live denoiser under `validation/step-NNNNNN/`; returns the files."""
         if not self.prompts:
             return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,15 @@ import av
 import numpy as np
 import pytest
 import torch
-
 from hooktuner.config import PluginOptions, RunConfig
 from hooktuner.context import Run
 from hooktuner.data.datasets import read_datasets
 from hooktuner.family import Flavour, FrameRule, LatentSpec, ModelCard, Part
+from hypothesis import settings
+
+# the same examples on every machine, no time limits where others share the processor, nothing left in the tree
+settings.register_profile("data", derandomize=True, deadline=None, database=None)
+settings.load_profile("data")
 
 SPEC = LatentSpec(channels=3, spatial_stride=8, frames=FrameRule(4, 121), size_multiple=16)
 
@@ -39,7 +44,7 @@ def numbers() -> Callable[[np.ndarray], list[int]]:
     return frame_numbers
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_clip() -> Callable[..., Path]:
     """make_clip(path, frames, size, rate, codec): a video whose frame k is a uniform grey of `level(k)`."""
 
@@ -194,10 +199,10 @@ def options() -> Any:
     return SimpleNamespace(toy=ToyOptions, teacher=TeacherOptions)
 
 
-@pytest.fixture
-def clips(tmp_path: Path, make_clip: Callable[..., Path]) -> Path:
-    """A folder of three good clips of two shapes, a short one, one without a caption, and a broken one."""
-    folder = tmp_path / "clips"
+@pytest.fixture(scope="session")
+def clip_originals(tmp_path_factory: pytest.TempPathFactory, make_clip: Callable[..., Path]) -> Path:
+    """Three good clips of two shapes, a short one, one without a caption, and a broken one."""
+    folder = tmp_path_factory.mktemp("originals")
     make_clip(folder / "a.mp4", caption="a red fox\nan animal")
     make_clip(folder / "b.mp4", caption="a blue whale", offset=3)
     make_clip(folder / "tall" / "c.mp4", size=(48, 64), caption="a tall tree")
@@ -206,6 +211,12 @@ def clips(tmp_path: Path, make_clip: Callable[..., Path]) -> Path:
     (folder / "broken.mp4").write_bytes(b"this is no video")
     (folder / "broken.txt").write_text("broken")
     return folder
+
+
+@pytest.fixture
+def clips(tmp_path: Path, clip_originals: Path) -> Path:
+    """A copy of these clips for one test."""
+    return Path(shutil.copytree(clip_originals, tmp_path / "clips"))
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from fractions import Fraction
 
+import pytest
 from hooktuner.data.buckets import Bucket, Refusal, choose_frames, crop_plan, frames_at_rate, target_size
 from hooktuner.family import FrameRule
+from hypothesis import given
+from hypothesis import strategies as st
 
 sizes = st.integers(16, 4000)
 kinds = st.sampled_from(["pixel", "pixel_area"])
@@ -62,10 +63,11 @@ def test_a_clip_at_its_own_rate_has_its_own_frames(frames, rate):
     assert frames_at_rate(frames / rate, rate, rate) == frames
 
 
-@given(st.integers(1, 400), st.sampled_from([12, 24, 25, 30]), st.sampled_from([8, 12, 16, 24, 25, 30, 48, 60]))
+@given(st.integers(1, 90), st.sampled_from([12, 24, 25, 30]), st.sampled_from([8, 12, 16, 24, 25, 30, 48, 60]))
 def test_every_grid_time_within_the_clip_counts(frames, source, rate):
-    grid = [i for i in range(frames * 10) if i * source < frames * rate]  # i/rate < frames/source, in integers
-    assert frames_at_rate(frames / source, source, rate) == len(grid)
+    late = [Fraction(frames, source) - Fraction(i, rate) for i in range(frames * 5 + 1)]  # how long it still shows
+    surely = sum(left > Fraction(1, 10 * max(source, rate)) for left in late)  # a tenth of a frame
+    assert surely <= frames_at_rate(frames / source, source, rate) <= sum(left > 0 for left in late)
 
 
 def test_timestamps_in_milliseconds_do_not_add_a_frame():
@@ -76,8 +78,9 @@ rule = FrameRule(4, 121)
 
 
 @given(
-    st.integers(1, 400), st.none() | st.integers(1, 100), st.none() | st.integers(1, 300), st.none() | st.integers(1, 50)
-)
+    st.integers(1, 400), st.none() | st.integers(1, 100), st.none() | st.integers(1, 300),
+    st.none() | st.integers(1, 50),
+)  # fmt: skip
 def test_the_clips_own_length_is_legal_and_within_every_limit(available, low, high, interval):
     frames = choose_frames(available, rule=rule, min_frames=low, max_frames=high, frame_interval=interval)
     if isinstance(frames, Refusal):

@@ -7,9 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
-
 from hooktuner.testing import broken_clip, describe_clip, draw_clip, make_clips, make_images, write_video
+from PIL import Image
 
 
 def _decode(path: Path) -> tuple[np.ndarray, float]:

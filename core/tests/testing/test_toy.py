@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
 from hooktuner import flow
 from hooktuner.errors import ConfigError, ModelError
 from hooktuner.family import BlockTokens, Grid, Part, SampleRequest
@@ -28,6 +26,7 @@ from hooktuner.testing import (
     make_step,
 )
 from hooktuner.testing.toy_model import PATCH, from_patches, to_patches
+from PIL import Image
 
 
 @pytest.mark.parametrize("flavour", ["toy", "toy-i2v"])
@@ -195,6 +194,32 @@ def test_sampling_solves_the_flow_equation(tmp_path: Path) -> None:
     torch.testing.assert_close(pipeline.sample(Exact(), request), goal[0], atol=1e-4, rtol=0)
 
 
+def test_guidance_extrapolates_from_the_negative_prompt(tmp_path: Path) -> None:
+    """v = v_negative + g·(v_prompt − v_negative), from noise of the request's seed; 1.0 asks for the prompt alone."""
+    plugins = make_plugins(ToyFamily)
+    pipeline = plugins.load_model(make_run(plugins, "toy", tmp_path), Part.PIPELINE)
+    batches = []
+
+    class Constant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(
+            self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **others: object
+        ) -> tuple[torch.Tensor]:
+            batches.append(len(hidden_states))
+            value = encoder_hidden_states[:, 0, 0]
+            return (flow.append_dims(value, hidden_states).expand_as(hidden_states),)
+
+    prompt, negative = {"words_LD": torch.full((2, 32), 5.0)}, {"words_LD": torch.full((1, 32), 2.0)}
+    noise = torch.randn(1, 8, 2, 2, 2, generator=torch.Generator().manual_seed(7))[0]
+    for guidance, velocity, size in ((3.0, 2 + 3 * (5 - 2), 2), (1.0, 5, 1)):
+        request = SampleRequest(prompt, negative, 16, 16, 5, 4, guidance, seed=7, latents_only=True)
+        torch.testing.assert_close(pipeline.sample(Constant(), request), noise - velocity, atol=1e-4, rtol=1e-5)
+        assert batches[-1] == size
+
+
 def test_sampling_from_a_first_frame(tmp_path: Path) -> None:
     """The sampled first latent is that of the image; without an image the refusal says what to do."""
     plugins = make_plugins(ToyFamily)
@@ -217,13 +242,13 @@ def test_wrong_folders_and_adapters_are_refused(tmp_path: Path) -> None:
     plugins = make_plugins(ToyFamily)
     run = make_run(plugins, "toy", tmp_path)
     pipeline, denoiser = plugins.load_model(run, Part.PIPELINE), load_denoiser(run, plugins)
-    with pytest.raises(ModelError, match="there is no adapter. Name an adapter file"):
+    with pytest.raises(ModelError, match=r"there is no adapter\. Name an adapter file"):
         pipeline.load_adapter(denoiser, tmp_path)
     save_file({"other.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "stranger.safetensors")
     with pytest.raises(ModelError, match="no key of it fits"):
         pipeline.load_adapter(denoiser, tmp_path / "stranger.safetensors")
     run.model_path = tmp_path / "nowhere"
-    with pytest.raises(ModelError, match="the denoiser of the toy model cannot be loaded: there is no folder transform"):
+    with pytest.raises(ModelError, match="denoiser of the toy model cannot be loaded: there is no folder transformer/"):
         plugins.load_model(run, Part.DENOISER)
 
 
@@ -236,9 +261,10 @@ def test_options_do_something(tmp_path: Path) -> None:
 
 
 def test_importing_the_harness_is_light() -> None:
-    """The package and the plugin import neither torch nor diffusers nor pytest."""
+    """The package and the plugin import neither torch nor diffusers nor pytest, also to describe the model."""
     code = (
-        "import sys, hooktuner.testing, hooktuner.testing.toy, hooktuner.testing.project;"
+        "import sys, hooktuner.testing, hooktuner.testing.toy as toy, hooktuner.testing.project;"
+        "toy.ToyFamily().describe_model(None), toy.ToyFamily().options();"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'pytest') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
 from hooktuner.technique import BlockCall, BlockInterceptor
 from hooktuner.train.blocks import BlockRunner, Recompute
+from torch import nn
 
 
 class Block(nn.Module):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from hooktuner import Conditioning, Regularizer, hookimpl
 from hooktuner.errors import NonFiniteLossError, PluginError
 from hooktuner.testing import ToyFamily, load_denoiser, make_batch, make_plugins, make_run
@@ -14,6 +12,7 @@ from hooktuner.train.blocks import BlockRunner, Recompute
 from hooktuner.train.engine import Engine
 from hooktuner.train.kernel import Kernel
 from hooktuner.train.optim import make_optimizer
+from torch import nn
 
 CAPTIONS = ("a red square", "a longer caption about a green circle", "blue")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from hooktuner.config import RunConfig
 from hooktuner.train.optim import horizon_note, learning_rate
 

@@ -7,11 +7,10 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from hooktuner_catalogue import PLUGINS
-
 from hooktuner.config import RunConfig
 from hooktuner.discovery import catalogue, find_plugin, installed_plugins
 from hooktuner.errors import PluginError
+from hooktuner_catalogue import PLUGINS
 
 FIELDS = {"distribution", "kind", "summary", "keys", "aliases"}
 

@@ -55,12 +55,14 @@ def _released(name: str, repository: str, summary: str, *, nabla: bool = False, 
     )
 
 
-def _tiny(name: str, summary: str, size: str, frames: int, *, nabla: bool = False, first_frame: bool = False) -> Flavour:
+def _tiny(
+    name: str, summary: str, size: str, frames: int, *, nabla: bool = False, first_frame: bool = False
+) -> Flavour:
     # The tiny checkpoints have seen no size, so they follow the unmodified pipeline's rope rule.
     return Flavour(
         name=name,
         summary=summary,
-        build=partial(_build_tiny, attention="nabla" if nabla else "regular", first_frame=first_frame),
+        build=partial(_build_tiny, nabla=nabla, first_frame=first_frame),
         conditioning=FIRST_FRAME if first_frame else frozenset(),
         defaults={"validation_resolution": size, "validation_num_video_frames": frames},
         latents=NABLA_LATENTS if nabla else None,
@@ -68,10 +70,14 @@ def _tiny(name: str, summary: str, size: str, frames: int, *, nabla: bool = Fals
     )
 
 
-def _build_tiny(path: Path, *, attention: str, first_frame: bool) -> None:
+def _build_tiny(path: Path, *, nabla: bool, first_frame: bool) -> None:
     from hooktuner_kandinsky5_video.tiny import build
 
-    build(path, attention=attention, conditioning="first_frame" if first_frame else "none")
+    build(
+        path,
+        attention="nabla" if nabla else "regular",
+        conditioning="first_frame" if first_frame else "none",
+    )
 
 
 def _flavours() -> Iterator[Flavour]:
@@ -103,23 +109,13 @@ def _flavours() -> Iterator[Flavour]:
     )
     yield _tiny("tiny", "random text-to-video weights of 1.4 MB, built offline, for tests and demos", "96x64", 5)
     yield _tiny("tiny-i2v", "random image-to-video weights, built offline", "96x64", I2V_MIN_FRAMES, first_frame=True)
-    yield _tiny("tiny-nabla", "random text-to-video weights with a NABLA config, built offline", "128x128", 5, nabla=True)
+    yield _tiny("tiny-nabla", "random text-to-video weights with NABLA, built offline", "128x128", 5, nabla=True)
 
 
 FLAVOURS: Mapping[str, Flavour] = {flavour.name: flavour for flavour in _flavours()}
 
 
 # ----------------------------------------------------------------------------------------- checks before loading
-
-
-def validation_sizes(text: str | None) -> list[tuple[int, int]]:
-    """(width, height) of each size in `validation_resolution`; what cannot be read is left to core's own check."""
-    sizes = []
-    for size in (text or "").lower().split(","):
-        numbers = [number.strip() for number in size.split("x")]
-        if all(number.isdigit() for number in numbers) and len(numbers) in (1, 2):
-            sizes.append((int(numbers[0]), int(numbers[-1])))
-    return sizes
 
 
 def check(run: Run) -> Iterator[Problem]:
@@ -155,7 +151,11 @@ def _check_validation(run: Run, options: Kandinsky5VideoOptions, attention: str)
             "four latent frames by those that follow, and without any the video is not a number",
             f"Use at least {I2V_MIN_FRAMES} frames, or set validation_disable.",
         )
-    for width, height in validation_sizes(run.config.validation_resolution):
+    try:
+        sizes = run.config.validation_sizes()
+    except ValueError:  # core says what is wrong with it
+        return
+    for width, height in sizes:
         if max(width, height) > MAX_EDGE:
             yield Problem(
                 "validation_resolution",

@@ -66,7 +66,7 @@ def load_part(run: Run, part: Part) -> Any:
 def load_vae(run: Run, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
     """The VAE on `run.device`, with the memory switches of the options."""
     options = _options(run)
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(_checkpoint(run), subfolder="vae", torch_dtype=dtype)
+    vae: Any = AutoencoderKLHunyuanVideo.from_pretrained(_checkpoint(run), subfolder="vae", dtype=dtype)
     vae.eval().requires_grad_(False).to(run.device)
     vae.use_framewise_encoding = vae.use_framewise_decoding = options.vae_framewise
     if options.vae_enable_tiling:
@@ -85,14 +85,14 @@ def _load_text_encoder(run: Run, path: str) -> Pipeline:
         vae=None,
         scheduler=None,
         tokenizer=TextProcessor.from_pretrained(path, subfolder="tokenizer"),
-        torch_dtype=run.compute_dtype,
+        dtype=run.compute_dtype,
     )
     return pipeline.to(run.device)
 
 
 def _load_denoiser(run: Run, path: str) -> Kandinsky5Transformer3DModel:
     denoiser = Kandinsky5Transformer3DModel.from_pretrained(
-        path, subfolder="transformer", torch_dtype=run.weight_dtype
+        path, subfolder="transformer", dtype=run.weight_dtype
     )
     if _options(run).sparse_attention == "nabla":
         if denoiser.config["attention_type"] != "nabla":

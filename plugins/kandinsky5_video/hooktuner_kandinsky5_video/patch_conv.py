@@ -1,8 +1,9 @@
 """Causal convolutions of the HunyuanVideo VAE in short runs of frames: the same result with a lower peak of memory.
 
-diffusers pads the whole clip (a second copy of the input) and convolves it in one call (whose workspace grows with
-the clip). An output frame t of a kernel with k frames depends on the padded frames t·s … t·s + k − 1 only, so the
-frames can be computed run by run from overlapping slices of the input. Nothing is approximated.
+diffusers pads the whole clip (a second copy of the input) and convolves it in one call, whose workspace grows with
+the clip: where no implicit kernel fits (always on a CPU), it is the unfolded input, 27 times its size. An output
+frame t of a kernel with k frames depends on the padded frames t·s … t·s + k − 1 only, so the frames can be computed
+run by run from overlapping slices of the input. Nothing is approximated.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 
-BUDGET_BYTES = 256 * 2**20
-"""Upper bound of the padded input of one run of frames; a run has at least one output frame."""
 
-
-def enable_patch_conv(vae: torch.nn.Module, budget_bytes: int = BUDGET_BYTES) -> int:
-    """Make every causal convolution of this `vae` work in runs of frames; the class stays as it is.
+def enable_patch_conv(vae: torch.nn.Module, frames: int = 1) -> int:
+    """Make every causal convolution of this `vae` compute `frames` output frames at a time; the class stays as it is.
 
     Returns: the number of convolutions. Convolutions that already pad along time themselves are left alone.
     """
     count = 0
     for module in vae.modules():
         if isinstance(module, HunyuanVideoCausalConv3d) and module.conv.padding[0] == 0:
-            module.forward = MethodType(_Runs(budget_bytes), module)
+            module.forward = MethodType(_Runs(frames), module)
             count += 1
     return count
 
@@ -34,32 +32,26 @@ def enable_patch_conv(vae: torch.nn.Module, budget_bytes: int = BUDGET_BYTES) ->
 class _Runs:
     """`HunyuanVideoCausalConv3d.forward`, a run of output frames at a time."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
 
     def __call__(self, module: Any, hidden_BCFHW: torch.Tensor) -> torch.Tensor:
         left, right, top, bottom, front, _ = module.time_causal_padding
         stride = module.conv.stride[0]
         reach = module.conv.dilation[0] * (module.conv.kernel_size[0] - 1)
-        frames = hidden_BCFHW.shape[2]
-        count = (frames + front - reach - 1) // stride + 1
+        count = (hidden_BCFHW.shape[2] + front - reach - 1) // stride + 1
 
-        height, width = hidden_BCFHW.shape[3] + top + bottom, hidden_BCFHW.shape[4] + left + right
-        frame_bytes = hidden_BCFHW.shape[0] * hidden_BCFHW.shape[1] * height * width * hidden_BCFHW.element_size()
-        run = max(1, (self.budget_bytes // frame_bytes - reach) // stride)
-
-        output_BCFHW: torch.Tensor | None = None
-        for first in range(0, count, run):
-            last = min(first + run, count)
+        output_BCFHW = hidden_BCFHW  # replaced by the first run, which knows shape and dtype
+        for first in range(0, count, self.frames):
+            last = min(first + self.frames, count)
             begin, end = first * stride - front, (last - 1) * stride + reach + 1 - front
             slice_BCFHW = hidden_BCFHW[:, :, max(begin, 0) : end]
             # Only the first runs reach before the clip; replicate padding repeats frame 0 there, as for the whole clip.
             padding = (left, right, top, bottom, max(-begin, 0), 0)
             part_BCFHW = module.conv(F.pad(slice_BCFHW, padding, mode=module.pad_mode))
-            if output_BCFHW is None:
-                if last == count:
-                    return part_BCFHW
+            if last - first == count:
+                return part_BCFHW
+            if first == 0:
                 output_BCFHW = part_BCFHW.new_empty(*part_BCFHW.shape[:2], count, *part_BCFHW.shape[3:])
             output_BCFHW[:, :, first:last] = part_BCFHW
-        assert output_BCFHW is not None
         return output_BCFHW

@@ -35,7 +35,7 @@ class Kandinsky5Sampler:
         options = run.options_of(NAME, Kandinsky5VideoOptions)
         dtype = run.weight_dtype if self.needs_image and run.weight_dtype else DTYPES[options.vae_dtype]
         self.pipeline: Any = pipeline_class(run).from_pretrained(
-            run.model_path,
+            str(run.model_path),
             transformer=None,
             text_encoder=None,
             tokenizer=None,

@@ -9,7 +9,6 @@ template, so that exactly the template's 128 tokens come before the caption, as 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging
 
 from hooktuner_kandinsky5_video.processor import TextProcessor
 
@@ -111,7 +111,10 @@ def denoiser(**config: Any) -> Kandinsky5Transformer3DModel:
 def vae() -> AutoencoderKLHunyuanVideo:
     """The VAE: four blocks, because the number of blocks sets the strides (8 in space, 4 in time)."""
     return AutoencoderKLHunyuanVideo(
-        latent_channels=16, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),  # type: ignore[arg-type]  (annotated as one number)
+        layers_per_block=1,
+        norm_num_groups=4,
     )
 
 
@@ -157,7 +160,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _qwen(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -189,6 +192,9 @@ def _qwen(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    ids: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_DIM,
@@ -196,9 +202,7 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         projection_dim=TEXT_DIM,
         num_hidden_layers=2,
         num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     return CLIPTextModel(config).eval()
 
@@ -222,13 +226,11 @@ def _assert_template_fits(pipeline: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes of transformers and diffusers about saving."""
-    names = ("transformers", "diffusers")
-    levels = {name: logging.getLogger(name).level for name in names}
+    """Without the progress bars of transformers about saving."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        if shown:
+            logging.enable_progress_bar()
