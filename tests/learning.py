@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hooktuner
 import numpy as np
 import torch
-from hooktuner_kandinsky5_video import tiny
-from rich.console import Console
-from safetensors.torch import load_file
-
-import hooktuner
 from hooktuner.assemble import assemble
 from hooktuner.data import build_caches, index_datasets
 from hooktuner.draft import read_draft
 from hooktuner.sources import build_model_source
 from hooktuner.testing import write_video
+from hooktuner_kandinsky5_video import tiny
+from rich.console import Console
+from safetensors.torch import load_file
 
 CAPTIONS = ("a red field beside a deep blue one", "a green meadow under the bright yellow sun")
 COLOURS = (((230, 30, 30), (20, 20, 190)), ((20, 190, 40), (240, 230, 40)))

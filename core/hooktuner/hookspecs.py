@@ -158,7 +158,8 @@ class HookSpecs(Protocol):
         """Where weights live, and how they get to a block in time.
 
         When: once, after adapters are added. Core's default moves everything to `run.device`.
-        Returns: an `OffloadStrategy`; core calls `place()` once, and `close()` at the end of the run.
+        Returns: an `OffloadStrategy`; core calls `place()` once, `out_of_memory()` when a step did not fit (and
+        repeats the step if it made room), `report()` after each step, and `close()` at the end of the run.
         """
         ...
 

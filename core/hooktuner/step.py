@@ -72,7 +72,7 @@ class Step:
     """One micro-batch on its way through the kernel.
 
     Written by the kernel alone, in this order: the draw, `conditioning`, `noisy`, `prediction`, `loss_B`.
-    Hooks read it and return values; they do not assign to it.
+    Hooks read it and return values; they do not assign to it, except `notes` and, in `predict`, `rows`.
     """
 
     number: int
@@ -89,6 +89,10 @@ class Step:
     target_BCFHW: torch.Tensor
     """The velocity ε − x0; float32."""
     conditioning: Conditioning | None = None
+    rows: Sequence[int] | None = None
+    """Positions in the micro-batch of the samples in the denoiser call under way; None: all of them, in order. A
+    family that calls its denoiser several times for one micro-batch sets it around each call, so that whatever works
+    on block calls can index `batch` and `conditioning` with it."""
     prediction_BCFHW: torch.Tensor | None = None
     loss_B: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)

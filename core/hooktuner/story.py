@@ -172,11 +172,11 @@ class _Story:
         self.engine.wait()
 
     def _prompts(self) -> list[Any]:
-        from hooktuner.train.validation import read_prompts
+        from hooktuner.train.validation import named_prompts
 
         if self.config.validation_disable:
             return []
-        return read_prompts(self.config.validation_prompt, self.config.user_prompt_library)
+        return named_prompts(self.config.prompts())
 
     def _prompt_texts(self) -> list[str]:
         prompts = self._prompts()
@@ -206,6 +206,8 @@ class _Story:
         position = checkpoints.Position()
         if source is not None:
             position = checkpoints.restore(source, run, kernel)
+            if position.data != loader.fingerprint:
+                run.note(f"since {source.name}: the clips, captions or batches changed; the order of samples is new")
             self.result.checkpoint = source
             self.console.print(f"Resumed from {source} after step {position.step}.", highlight=False)
         self.result.steps = position.step
@@ -307,14 +309,13 @@ class _Story:
         run.on_close(runner.detach)
         trainables = collect_trainables(denoiser, regularizers)
         optimizer: torch.optim.Optimizer = make_optimizer(config, trainables)
-        return Kernel(run, plugins, self.engine, denoiser, runner, regularizers, trainables, optimizer)
+        return Kernel(run, plugins, self.engine, denoiser, runner, regularizers, trainables, optimizer, strategy)
 
     def _validator(self, data: TrainingData) -> Validator | None:
         from hooktuner.train.validation import Validator
 
         prompts = self._prompts()
         if not prompts:
-            self.run.note("no validation prompt is set: no validation media will be made.")
             return None
         first_frames = None
         if "first_frame" in self.run.flavour.conditioning:

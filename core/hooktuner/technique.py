@@ -43,6 +43,9 @@ class BlockCall:
     args: tuple[Any, ...]
     anatomy: Anatomy
     step: Step
+    kept_BK: torch.Tensor | None = None
+    """Sorted indices, per sample of the call, of the tokens that are still there; None: all. A route sets it for what
+    it proceeds to, so that what observes knows which tokens it sees."""
 
 
 class BlockInterceptor:
@@ -87,6 +90,14 @@ class OffloadStrategy:
     def place(self) -> None:
         """Move the model to where it trains."""
         raise TypeError(f"{type(self).__name__} does not say where the model goes: define place()")
+
+    def out_of_memory(self) -> bool:
+        """The device ran out of memory in a step. Return True after making room: the same step is then repeated."""
+        return False
+
+    def report(self) -> Mapping[str, float]:
+        """Numbers about the step that has just finished, for `timings.jsonl`: bytes moved, seconds stalled …"""
+        return {}
 
     def close(self) -> None:
         """Undo everything that was attached to the model."""

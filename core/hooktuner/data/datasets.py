@@ -151,7 +151,7 @@ def _entry_problems(dataset: Dataset, config: RunConfig) -> Iterator[Problem]:
         reader = "prepend_instance_prompt" if dataset.prepend_instance_prompt else 'caption_strategy "instanceprompt"'
         yield Problem(f"{at}.instance_prompt", f"missing, and {reader} needs it", "Write the prompt here.")
     if strategy == "instanceprompt" and dataset.prepend_instance_prompt:
-        yield Problem(f"{at}.prepend_instance_prompt", 'the caption is the instance prompt already', "Remove it.")
+        yield Problem(f"{at}.prepend_instance_prompt", "the caption is the instance prompt already", "Remove it.")
     if dataset.instance_prompt and strategy != "instanceprompt" and not dataset.prepend_instance_prompt:
         fix = 'Set caption_strategy to "instanceprompt", or prepend_instance_prompt to true, or remove it.'
         yield Problem(f"{at}.instance_prompt", f'it has no effect with caption_strategy "{strategy}"', fix)
@@ -182,9 +182,7 @@ def _length_problems(dataset: VideoDataset) -> Iterator[Problem]:
             yield Problem(f"{at}.frame_interval", "it has no effect where num_frames fixes the length", fix)
 
 
-def _file_problems(
-    datasets: Sequence[Dataset], name: str, config: RunConfig, *, complete: bool
-) -> Iterator[Problem]:
+def _file_problems(datasets: Sequence[Dataset], name: str, config: RunConfig, *, complete: bool) -> Iterator[Problem]:
     """What is wrong among entries. `complete`: every entry could be read, so what is missing is really missing."""
     seen: dict[str, Dataset] = {}
     for dataset in datasets:
@@ -203,7 +201,7 @@ def _file_problems(
         return
     media = [dataset for dataset in datasets if isinstance(dataset, MediaDataset) and not dataset.disabled]
     if not any(not dataset.is_validation_only(config) for dataset in media):
-        why = "there is nothing to train on: no enabled entry of dataset_type \"video\" or \"image\""
+        why = 'there is nothing to train on: no enabled entry of dataset_type "video" or "image"'
         yield Problem(name, why, "Add one, or enable one that is disabled.")
     wanted = config.eval_dataset_id
     if wanted is not None:

@@ -15,6 +15,7 @@ ResolutionType = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
 CropStyle = Literal["center", "random", "corner"]
 
+
 class _Entry(BaseModel):
     """What every entry has. `location` says where it was written, for messages."""
 

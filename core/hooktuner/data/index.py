@@ -151,9 +151,7 @@ class MediaIndex:
     def _keep(self, rows: list[IndexedFile]) -> None:
         def values(row: IndexedFile) -> tuple[object, ...]:
             info = row.info
-            measured = (
-                (info.width, info.height, info.frame_rate, info.duration, info.frames) if info else (None,) * 5
-            )
+            measured = (info.width, info.height, info.frame_rate, info.duration, info.frames) if info else (None,) * 5
             return (str(row.root), row.path, row.size, row.mtime_ns, row.digest, *measured, row.reason)
 
         with self._connection() as connection:

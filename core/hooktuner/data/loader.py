@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,7 @@ class Loader:
         self._epoch = lru_cache(maxsize=2)(self._order)
         self._text = lru_cache(maxsize=TEXTS_IN_MEMORY)(load_file)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of what is trained on and in which batches: a run resumed with another one sees other batches."""
         digest = hashlib.blake2b(digest_size=16)
@@ -118,9 +118,7 @@ class Loader:
         features = [_load(sample.features, sample) if sample.features else {} for _, sample in chosen]
         bucket = chosen[0][1].bucket
         seed = self.config.seed
-        noise = [
-            torch.randn(latents_BCFHW.shape[1:], generator=generator(seed, "noise", index)) for index, _ in chosen
-        ]
+        noise = [torch.randn(latents_BCFHW.shape[1:], generator=generator(seed, "noise", index)) for index, _ in chosen]
         sigma = [self._draw_sigma(index) for index, _ in chosen]
         return Batch(
             keys=[sample.key for _, sample in chosen],

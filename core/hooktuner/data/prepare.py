@@ -1,8 +1,8 @@
 """Rooms 4 to 6 of a run behind one door: `index_datasets`, then `build_caches`, then batches.
 
-    plan = index_datasets(run, console=console)                      # no model: scan, decide, print, data.json
-    data = build_caches(run, plugins, plan, prompts, console=console)   # encoders, one at a time
-    for batch in data.loader().stream(range(first, last)): ...
+plan = index_datasets(run, console=console)                      # no model: scan, decide, print, data.json
+data = build_caches(run, plugins, plan, prompts, console=console)   # encoders, one at a time
+for batch in data.loader().stream(range(first, last)): ...
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Everything is on the CPU in float32. `with closing(plugins), closing(run):` undo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from hooktuner import flow
 from hooktuner.assemble import assemble
 from hooktuner.context import Run
 from hooktuner.discovery import Plugin, find_plugin, installed_plugins, plugin_from_object
@@ -31,6 +31,7 @@ from hooktuner.randomness import generator
 from hooktuner.step import Batch, Step
 from hooktuner.technique import Clip
 from hooktuner.testing.media import describe_clip, draw_clip
+from hooktuner.train.kernel import draw
 from hooktuner.train.precision import compute_dtype, weight_dtype
 
 
@@ -181,18 +182,6 @@ def make_step(
 
     sigma: overrides the batch's noise levels.
     """
-    sigma_B = batch.sigma_B if sigma is None else _sigma(sigma, len(batch.index)).to(batch.sigma_B.device)
-    step = Step(
-        number=number,
-        micro=micro,
-        batch=batch,
-        sigma_B=sigma_B,
-        timestep_B=flow.timestep(sigma_B),
-        noisy_BCFHW=flow.interpolate(batch.latents_BCFHW, batch.noise_BCFHW, sigma_B),
-        target_BCFHW=flow.velocity(batch.latents_BCFHW, batch.noise_BCFHW),
-    )
-    step.conditioning = plugins.condition(run, step)
-    if step.conditioning is not None:
-        given = step.conditioning
-        step.noisy_BCFHW = torch.where(given.given_B1FHW, given.latents_BCFHW.to(step.noisy_BCFHW), step.noisy_BCFHW)
-    return step
+    if sigma is not None:
+        batch = replace(batch, sigma_B=_sigma(sigma, len(batch.index)).to(batch.sigma_B.device))
+    return draw(run, plugins, batch, number=number, micro=micro)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -108,7 +108,7 @@ class BlockRunner:
         run = _nest(self._inner, lambda inner: inner.block(*inner.args))
 
         def function(*args: Any) -> Any:
-            return run(BlockCall(call.block, call.index, args, call.anatomy, call.step))
+            return run(replace(call, args=args))
 
         return function
 

@@ -50,10 +50,12 @@ MOVABLE_KEYS = (
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` optimizer steps are done, `micro` is the next micro-batch over all processes."""
+    """Where a run stands: `step` optimizer steps are done, `micro` is the next micro-batch over all processes.
+    `data` is the fingerprint of what it trains on (`Loader.fingerprint`)."""
 
     step: int = 0
     micro: int = 0
+    data: str = ""
 
 
 # -------------------------------------------------------------------------------------------------------- saving
@@ -77,6 +79,7 @@ def save(run: Run, kernel: Kernel, position: Position, config: Mapping[str, Any]
             "format": FORMAT,
             "step": position.step,
             "micro": position.micro,
+            "data": position.data,
             "optimizer": settings,
             "regularizers": {plugin: dict(one.state()) for plugin, one in kernel.regularizers.items()},
         }
@@ -206,7 +209,7 @@ def restore(path: Path, run: Run, kernel: Kernel) -> Position:
     for plugin, saved in state["regularizers"].items():
         if plugin in kernel.regularizers:
             kernel.regularizers[plugin].restore(saved)
-    return Position(state["step"], state["micro"])
+    return Position(state["step"], state["micro"], state["data"])
 
 
 def _restore_optimizer(path: Path, kernel: Kernel, settings: Mapping[str, Any]) -> None:

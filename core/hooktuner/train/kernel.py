@@ -23,7 +23,7 @@ from hooktuner.errors import NonFiniteLossError, PluginError
 from hooktuner.plugins import PluginSet
 from hooktuner.randomness import derive_seed
 from hooktuner.step import Batch, Step, StepResult
-from hooktuner.technique import Regularizer
+from hooktuner.technique import OffloadStrategy, Regularizer
 from hooktuner.train.adapters import Trainables
 from hooktuner.train.blocks import BlockRunner
 from hooktuner.train.engine import Engine
@@ -83,6 +83,7 @@ class Kernel:
         regularizers: Mapping[str, Regularizer],
         trainables: Trainables,
         optimizer: torch.optim.Optimizer,
+        offload: OffloadStrategy | None = None,
     ) -> None:
         assert run.compute_dtype is not None
         self.run = run
@@ -94,6 +95,7 @@ class Kernel:
         self.regularizers = regularizers
         self.trainables = trainables
         self.optimizer = optimizer
+        self.offload = offload
         self._compute_dtype = run.compute_dtype
         self._parameters = list(trainables.named().values())
         self._step_seeds = run.config.lora_dropout > 0
@@ -104,19 +106,8 @@ class Kernel:
     # ------------------------------------------------------------------------------------------- one micro-batch
 
     def draw(self, batch: Batch, number: int, micro: int) -> Step:
-        """The step of a batch before the prediction: noised input and target, given latents put in their places."""
-        noisy = flow.interpolate(batch.latents_BCFHW, batch.noise_BCFHW, batch.sigma_B)
-        step = Step(
-            number=number,
-            micro=micro,
-            batch=batch,
-            sigma_B=batch.sigma_B,
-            timestep_B=flow.timestep(batch.sigma_B),
-            noisy_BCFHW=noisy,
-            target_BCFHW=flow.velocity(batch.latents_BCFHW, batch.noise_BCFHW),
-        )
-        step.conditioning = self.plugins.condition(self.run, step)
-        _give(step)
+        """The step of a batch before the prediction, after `condition` and `prepare_input`."""
+        step = draw(self.run, self.plugins, batch, number=number, micro=micro)
         if self.plugins.has("prepare_input"):
             self._prepare_input(step)
         return step
@@ -177,6 +168,22 @@ class Kernel:
         whatever micro-batch it is in. `stop` is this process's wish to stop after the step; all processes learn of it
         together. Raises nothing for a non-finite loss: `PendingResult.wait` does.
         """
+        while True:
+            try:
+                totals = self._accumulate(number, micros, samples)
+                break
+            except torch.OutOfMemoryError:  # nothing has moved yet: the same step can be done again
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.offload is None or not self.offload.out_of_memory():
+                    raise
+        grad_norm = self._clip()
+        wish = self._broken.new_ones(()) if stop else self._broken.new_zeros(())
+        values = self.engine.average(torch.stack([wish, grad_norm, *totals.values()]))
+        self._optimize(values, learning_rate)
+        return self._send(number, epoch, learning_rate, totals, values, [key for _, b in micros for key in b.keys])
+
+    def _accumulate(self, number: int, micros: Sequence[tuple[int, Batch]], samples: int) -> dict[str, Tensor]:
+        """Forward and backward of every micro-batch; the weighted loss terms, detached."""
         totals: dict[str, Tensor] = {}
         for position, (micro, batch) in enumerate(micros):
             batch = batch.to(self.engine.device)
@@ -194,11 +201,7 @@ class Kernel:
             for name, value in terms.items():
                 value = value.detach().float() * weight
                 totals[name] = totals[name] + value if name in totals else value
-        grad_norm = self._clip()
-        wish = self._broken.new_ones(()) if stop else self._broken.new_zeros(())
-        values = self.engine.average(torch.stack([wish, grad_norm, *totals.values()]))
-        self._optimize(values, learning_rate)
-        return self._send(number, epoch, learning_rate, totals, values, [key for _, b in micros for key in b.keys])
+        return totals
 
     def _forward_backward(self, step: Step, weight: float) -> dict[str, Tensor]:
         step.prediction_BCFHW = self.predict(step)
@@ -246,6 +249,22 @@ class Kernel:
             arrived = torch.cuda.Event()
             arrived.record()
         return PendingResult(number, epoch, learning_rate, tuple(terms), tuple(samples), values, arrived)
+
+
+def draw(run: Run, plugins: PluginSet, batch: Batch, *, number: int = 1, micro: int = 0) -> Step:
+    """The step of a batch: noised input and target, and given latents put in their places (`condition`)."""
+    step = Step(
+        number=number,
+        micro=micro,
+        batch=batch,
+        sigma_B=batch.sigma_B,
+        timestep_B=flow.timestep(batch.sigma_B),
+        noisy_BCFHW=flow.interpolate(batch.latents_BCFHW, batch.noise_BCFHW, batch.sigma_B),
+        target_BCFHW=flow.velocity(batch.latents_BCFHW, batch.noise_BCFHW),
+    )
+    step.conditioning = plugins.condition(run, step)
+    _give(step)
+    return step
 
 
 def _give(step: Step) -> None:

@@ -100,13 +100,14 @@ class Loop:
         return save, look
 
     def _my_micros(self, first: int) -> Iterator[int]:
-        """This process's micro-batches, from optimizer step `first` on."""
-        per_step = self.micros_per_step
-        return iter(range((first - 1) * per_step + self.engine.rank, self.total * per_step, self.engine.world))
+        """This process's micro-batches, from optimizer step `first` to the last."""
+        begin = self.progress.position.micro
+        end = begin + (self.total - first + 1) * self.micros_per_step
+        return iter(range(begin + self.engine.rank, end, self.engine.world))
 
     def _one_step(self, number: int, stream: Iterator[Batch]) -> PendingResult:
         per_step, engine = self.micros_per_step, self.engine
-        base = (number - 1) * per_step
+        base = self.progress.position.micro
         self.plugins.on_event(self.run, events.StepStarted(number))
         mine = range(base + engine.rank, base + per_step, engine.world)
         result = self.kernel.step(
@@ -117,7 +118,7 @@ class Loop:
             sum(self.loader.count(micro) for micro in range(base, base + per_step)),
             stop=self.stop(),
         )
-        self.progress.position = Position(number, base + per_step)
+        self.progress.position = Position(number, base + per_step, self.loader.fingerprint)
         return result
 
     def _deliver(self, pending: PendingResult, display: Display) -> None:
@@ -125,7 +126,7 @@ class Loop:
         result = pending.wait()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        self.writer.write(result, seconds)
+        self.writer.write(result, seconds, self.kernel.offload.report() if self.kernel.offload else None)
         display.update(result, seconds)
         self.progress.losses.append(result.loss)
         self.plugins.on_event(self.run, events.StepFinished(result))

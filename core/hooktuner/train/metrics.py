@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,8 +39,8 @@ class MetricsWriter:
                 truncate_after(output_dir / name, after_step)
                 self._files.append(open(output_dir / name, "a", encoding="utf-8"))  # noqa: SIM115
 
-    def write(self, result: StepResult, seconds: float) -> None:
-        """One finished step; `seconds` is its wall time."""
+    def write(self, result: StepResult, seconds: float, more: Mapping[str, float] | None = None) -> None:
+        """One finished step; `seconds` is its wall time, `more` further numbers for `timings.jsonl`."""
         numbers = {"loss": result.loss, **{f"loss/{name}": value for name, value in result.terms.items()}}
         metrics = {"step": result.number, "epoch": result.epoch, **numbers, "lr": result.learning_rate}
         metrics["grad_norm"] = result.grad_norm
@@ -48,6 +48,7 @@ class MetricsWriter:
             "step": result.number,
             "seconds": round(seconds, 6),
             "memory_bytes": memory_bytes(self._engine.device),
+            **(more or {}),
         }
         for file, line in zip(self._files, (metrics, timings), strict=False):
             file.write(json.dumps(line) + "\n")

@@ -7,7 +7,6 @@ off. The pipeline (its VAE) is loaded for each validation and released after it.
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,49 +37,20 @@ class Prompt:
     text: str
 
 
-@dataclass(frozen=True)
-class Size:
-    """A validation size in pixels."""
-
-    width: int
-    height: int
-
-
-def read_prompts(validation_prompt: str | None, library: str | None) -> list[Prompt]:
-    """All prompts of a config: `validation_prompt` under the name `validation`, then the library's in its order.
+def named_prompts(prompts: Mapping[str, str]) -> list[Prompt]:
+    """Prompts by nickname, under names that every file system takes.
 
     Characters that file systems refuse become underscores; two nicknames that become equal are numbered.
     """
-    wanted: list[tuple[str, str]] = []
-    if validation_prompt:
-        wanted.append(("validation", validation_prompt))
-    if library:
-        wanted.extend(json.loads(Path(library).read_text(encoding="utf-8")).items())
-    prompts: list[Prompt] = []
-    for nickname, text in wanted:
+    named: list[Prompt] = []
+    for nickname, text in prompts.items():
         stem = re.sub(r"_+", "_", re.sub(r"[^\w.-]", "_", nickname)).strip("._") or "prompt"
         name, number = stem, 1
-        while name in {prompt.name for prompt in prompts}:
+        while name in {prompt.name for prompt in named}:
             number += 1
             name = f"{stem}-{number}"
-        prompts.append(Prompt(name, text))
-    return prompts
-
-
-def parse_sizes(text: str, multiple: int) -> list[Size]:
-    """`768x512`, `512` (a square), or several separated by commas; each side rounded to the nearest `multiple`.
-
-    Errors: `ValueError` with a plain sentence.
-    """
-    sizes = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?", part)
-        if match is None:
-            raise ValueError(f"{part.strip()!r} is not WIDTHxHEIGHT in pixels")
-        width, height = (int(side) for side in (match[1], match[2] or match[1]))
-        width, height = (max(multiple, round(side / multiple) * multiple) for side in (width, height))
-        sizes.append(Size(width, height))
-    return sizes
+        named.append(Prompt(name, text))
+    return named
 
 
 class Validator:
@@ -105,8 +75,7 @@ class Validator:
         self.prompts = list(prompts)
         self._text = text
         self._first_frames = first_frames
-        latents = run.card.latents_of(run.flavour.name)
-        self._sizes = parse_sizes(_given(config.validation_resolution, "validation_resolution"), latents.size_multiple)
+        self._sizes = config.validation_sizes()
         still = run.card.media == "image"
         self._frames = 1 if still else _given(config.validation_num_video_frames, "validation_num_video_frames")
         self._guidance = _given(config.validation_guidance, "validation_guidance")
@@ -115,16 +84,16 @@ class Validator:
 
     def requests(self) -> Iterator[tuple[str, SampleRequest]]:
         """(file stem, request) for every size and prompt."""
-        for size in self._sizes:
-            images = self._first_frames((size.width, size.height)) if self._first_frames else [None]
+        for width, height in self._sizes:
+            images = self._first_frames((width, height)) if self._first_frames else [None]
             for number, prompt in enumerate(self.prompts):
                 yield (
-                    f"{prompt.name}_{size.width}x{size.height}",
+                    f"{prompt.name}_{width}x{height}",
                     SampleRequest(
                         prompt=self._text(prompt.text),
                         negative=self._text(self._negative),
-                        width=size.width,
-                        height=size.height,
+                        width=width,
+                        height=height,
                         frames=self._frames,
                         steps=self.run.config.validation_num_inference_steps,
                         guidance=self._guidance,

@@ -169,7 +169,7 @@ def test_ids_and_text_entries(video):
         'Leave "default": true to one of them.'
     ]
     undecided = [{**text, "default": False} for text in texts]
-    assert "Set \"default\": true on one of them." in told([video(), *undecided])[0]
+    assert 'Set "default": true on one of them.' in told([video(), *undecided])[0]
     assert told([video(), {**texts[0], "default": False}]) == []
     assert told([video(), video()]) == [
         'data_backend_config: [1].id — "v" is also the id of [0]. Give one of them another id.'

@@ -339,7 +339,7 @@ def test_first_frames_of_training_clips(make_run, entry, toy_plugins, numbers):
     assert (image.size, caption) == ((80, 48), "a red fox")
     assert numbers(np.stack([np.asarray(image), np.asarray(other)])) == [0, 3]
     assert data.first_frames("pets", 1, (32, 96))[0][0].size == (32, 96)
-    with pytest.raises(DataError, match=r'nobody — there is no dataset with this id to take frames from\. Known:'):
+    with pytest.raises(DataError, match=r"nobody — there is no dataset with this id to take frames from\. Known:"):
         data.first_frames("nobody", 1)
 
 

@@ -17,7 +17,6 @@ from hooktuner.family import BlockTokens, Grid, Keepable
 
 from hooktuner_kandinsky5_video.attention import unwrapped
 from hooktuner_kandinsky5_video.geometry import NABLA_TILE
-from hooktuner_kandinsky5_video.predict import ROWS
 
 TILE_TOKENS = NABLA_TILE**2
 
@@ -71,7 +70,7 @@ class Kandinsky5Anatomy:
         if step.conditioning is None or grid is None:
             return None
         given_B = step.conditioning.given_B1FHW[:, 0, 0, 0, 0]
-        rows = step.notes.get(ROWS)
+        rows = step.rows
         if rows is not None and len(rows) < len(given_B):
             given_B = given_B[list(rows)]
         tokens = args[0].shape[1]

@@ -83,9 +83,7 @@ def _build_tiny(path: Path, *, nabla: bool, first_frame: bool) -> None:
 def _flavours() -> Iterator[Flavour]:
     for stage, what in (("sft", "fine-tuned"), ("pretrain", "pretrained")):
         yield _released(f"t2v-lite-{stage}-5s", f"T2V-Lite-{stage}-5s", f"2B text-to-video, 5 s, {what}")
-        yield _released(
-            f"t2v-lite-{stage}-10s", f"T2V-Lite-{stage}-10s", f"2B text-to-video, 10 s, {what}", nabla=True
-        )
+        yield _released(f"t2v-lite-{stage}-10s", f"T2V-Lite-{stage}-10s", f"2B text-to-video, 10 s, {what}", nabla=True)
     for stage, what in (("nocfg", "guidance-distilled"), ("distilled16steps", "distilled to 16 steps")):
         for seconds in (5, 10):
             yield _released(

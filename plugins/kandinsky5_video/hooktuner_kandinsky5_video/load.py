@@ -91,9 +91,7 @@ def _load_text_encoder(run: Run, path: str) -> Pipeline:
 
 
 def _load_denoiser(run: Run, path: str) -> Kandinsky5Transformer3DModel:
-    denoiser = Kandinsky5Transformer3DModel.from_pretrained(
-        path, subfolder="transformer", dtype=run.weight_dtype
-    )
+    denoiser = Kandinsky5Transformer3DModel.from_pretrained(path, subfolder="transformer", dtype=run.weight_dtype)
     if _options(run).sparse_attention == "nabla":
         if denoiser.config["attention_type"] != "nabla":
             raise ModelError(

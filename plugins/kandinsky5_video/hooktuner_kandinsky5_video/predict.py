@@ -15,9 +15,6 @@ from hooktuner_kandinsky5_video.attention import scale_of, sparse_params, unwrap
 from hooktuner_kandinsky5_video.geometry import SPATIAL_STRIDE
 from hooktuner_kandinsky5_video.options import Kandinsky5VideoOptions
 
-ROWS = "rows"
-"""Key of `Step.notes`: the positions in the micro-batch of the samples of the denoiser call under way."""
-
 
 def condition(run: Run, step: Step) -> Conditioning | None:
     """The first latent frame is given: the first frame of the clip, encoded alone, without noise.
@@ -55,17 +52,17 @@ def predict(run: Run, denoiser: torch.nn.Module, step: Step) -> torch.Tensor:
 
     The denoiser has no text mask: padding a caption would change its sample. So samples are grouped by the length of
     their caption, and the denoiser is called once per group; each call is exactly what its samples get alone.
-    `step.notes["rows"]` names the samples of the call under way.
+    `step.rows` names the samples of the call under way.
     """
     input_BFHWC = denoiser_input(run, denoiser, step)
     groups = _rows_by_length([sample["qwen_LD"].shape[0] for sample in step.batch.text])
     outputs = []
     try:
         for rows in groups:
-            step.notes[ROWS] = tuple(rows)
+            step.rows = rows
             outputs.append(_call(run, denoiser, step, input_BFHWC, rows))
     finally:
-        step.notes.pop(ROWS, None)
+        step.rows = None
     velocity_BFHWC = outputs[0]
     if len(groups) > 1:
         order = [row for rows in groups for row in rows]

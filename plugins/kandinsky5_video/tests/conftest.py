@@ -67,9 +67,7 @@ def captions_encoded(make_run: Callable[..., Run], plugin: Kandinsky5Video) -> d
 
 
 @pytest.fixture
-def make_step(
-    captions_encoded: dict[str, dict[str, torch.Tensor]], plugin: Kandinsky5Video
-) -> Callable[..., Step]:
+def make_step(captions_encoded: dict[str, dict[str, torch.Tensor]], plugin: Kandinsky5Video) -> Callable[..., Step]:
     """`make_step(run, captions, shape=(F, H, W))`: the step of a random batch, conditioned by the plugin."""
 
     def make(

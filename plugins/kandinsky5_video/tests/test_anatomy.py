@@ -20,6 +20,7 @@ def anatomy(make_run):
 
 def gather(tokens, kept_BK):
     """What a routing technique does: tokens and sides of the kept indices."""
+
     def pick(tensor, axis):
         index = kept_BK.reshape(*kept_BK.shape, *(1,) * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
         assert axis == 1
@@ -113,7 +114,7 @@ def test_a_given_first_frame_must_be_kept(make_run, plugin, anatomy, make_step):
     step = make_step(run, captions, extras=extras)
 
     def look(block, args):
-        seen.append((step.notes["rows"], anatomy.keepable(args, step).must_keep_BN))
+        seen.append((tuple(step.rows), anatomy.keepable(args, step).must_keep_BN))
         return block(*args)
 
     run_blocks(plugin, run, plugin.load_model(run, Part.DENOISER), step, look)

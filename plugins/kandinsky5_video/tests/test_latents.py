@@ -125,9 +125,10 @@ def test_the_option_switches_patch_conv_on_for_this_vae_only(make_run, plugin):
 
 def peak_bytes(call):
     """The most memory that torch's CPU allocator had handed out at once, workspaces of kernels included."""
-    with torch.no_grad(), torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
@@ -139,8 +140,6 @@ def peak_bytes(call):
 
 def test_patch_conv_lowers_the_peak(make_run, plugin):
     pixels, latents = clips(frames=13, count=1), torch.randn(1, 16, 4, 8, 12)
-    plain, patched = (
-        plugin.load_model(make_run(vae_enable_patch_conv=value), Part.VAE) for value in (False, True)
-    )
+    plain, patched = (plugin.load_model(make_run(vae_enable_patch_conv=value), Part.VAE) for value in (False, True))
     assert peak_bytes(lambda: patched.encode(pixels)) < 0.5 * peak_bytes(lambda: plain.encode(pixels))
     assert peak_bytes(lambda: patched.decode(latents)) < 0.5 * peak_bytes(lambda: plain.decode(latents))

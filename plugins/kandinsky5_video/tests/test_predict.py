@@ -136,13 +136,13 @@ def test_equal_lengths_share_one_call_and_rows_keep_their_order(make_run, plugin
     lengths = [text["qwen_LD"].shape[0] for text in step.batch.text]
     assert lengths[1] == lengths[3]
     rows = []
-    handle = denoiser.register_forward_pre_hook(lambda *_: rows.append(step.notes["rows"]))
+    handle = denoiser.register_forward_pre_hook(lambda *_: rows.append(tuple(step.rows)))
     with torch.no_grad():
         together = plugin.predict(run, denoiser, step)
         handle.remove()
         assert sorted(row for call in rows for row in call) == [0, 1, 2, 3]
         assert (1, 3) in rows
-        assert "rows" not in step.notes
+        assert step.rows is None
         for row in range(4):
             alone = make_step(run, captions)
             one = slice(row, row + 1)
