@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,11 +27,11 @@ def main() -> int:
 
     for name in ("output", "cache", "clips"):
         shutil.rmtree(HERE / name, ignore_errors=True)
-    clips = make_clips(HERE / "clips", count=6, frames=48, size=(192, 128), rate=24)
-    print(f"1. wrote {len(clips)} clips with captions to {HERE / 'clips'}", flush=True)
+    clips = make_clips(HERE / "clips", count=6, frames=60, size=(192, 128), rate=24)
+    print(f"1. wrote {len(clips)} clips with captions to demo/clips", flush=True)
 
     command = [str(Path(sys.executable).with_name("tuner")), "run", "--plugin", "kandinsky5-video", "demo/config.json"]
-    print(f"2. $ {' '.join(['tuner', *command[1:]])}", flush=True)
+    print("2. $", " ".join(["tuner", *command[1:]]), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         return code
@@ -39,19 +40,31 @@ def main() -> int:
     checkpoint = sorted((output / "checkpoints").iterdir())[-1]
     video = next((output / "validation").rglob("*.mp4"))
     print("3. checking the results")
-    print(f"   LoRA        {checkpoint / 'pytorch_lora_weights.safetensors'}: {adapters_in(checkpoint)}")
-    print(f"   validation  {video}: {frames_of(video)} frames")
+    print(f"   LoRA        {shown(checkpoint / 'pytorch_lora_weights.safetensors')}: {adapters_in(checkpoint)}")
+    print(f"   validation  {shown(video)}: {frames_of(video)} frames")
     losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    print(f"   metrics     {output / 'metrics.jsonl'}: {len(losses)} steps, loss {first:.3f} → {last:.3f}")
+    print(f"   metrics     {shown(output / 'metrics.jsonl')}: {len(losses)} steps, loss {first:.3f} → {last:.3f}")
     return 0
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it."""
+    return str(path.relative_to(ROOT))
 
 
 def adapters_in(checkpoint: Path) -> str:
     """Load the adapter the way any user of diffusers does."""
-    from hooktuner_kandinsky5_video.testing import tiny_pipeline
+    from diffusers.pipelines.kandinsky5.pipeline_kandinsky import Kandinsky5T2VPipeline
+    from diffusers.utils import logging
+    from hooktuner_kandinsky5_video import tiny
 
-    pipeline = tiny_pipeline()
+    logging.disable_progress_bar()
+
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.build(Path(folder))  # the same weights that were trained on: a function of nothing
+        pipeline = Kandinsky5T2VPipeline.from_pretrained(folder, **parts)
     pipeline.load_lora_weights(checkpoint)
     return f"active in {type(pipeline).__name__} as {pipeline.get_active_adapters()}"
 

@@ -58,10 +58,8 @@ def _spec(combines: Combine, *, required: bool = False, hot: bool = False) -> An
     """
 
     def mark(function: Function) -> Function:
-        function.combines = combines  # type: ignore[attr-defined]
-        function.required = required  # type: ignore[attr-defined]
-        function.hot = hot  # type: ignore[attr-defined]
-        return _hookspec(function)
+        vars(function).update(combines=combines, required=required, hot=hot)
+        return _hookspec(function)  # type: ignore[call-overload]
 
     return mark
 

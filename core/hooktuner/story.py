@@ -70,6 +70,22 @@ def run(
     return _Story(assembled.run, assembled.plugins, console).tell(dry_run=dry_run)
 
 
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Without the bars of diffusers and transformers for files that load in a moment; downloads keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loud = [one for one in (diffusers_logging, transformers_logging) if one.is_progress_bar_enabled()]
+    for one in loud:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in loud:
+            one.enable_progress_bar()
+
+
 class _Interrupt:
     """SIGINT and SIGTERM ask the run to stop after the step under way; a second one stops it at once."""
 
@@ -119,7 +135,7 @@ class _Story:
         run.on_close(self.plugins.close)
         run.on_close(lambda: self.plugins.on_event(run, events.RunEnded(reason, self.result.steps)))
         try:
-            with self.interrupt.listening():
+            with self.interrupt.listening(), _quiet_libraries():
                 self._train_or_plan(dry_run)
             reason = self.result.reason
         finally:
@@ -317,18 +333,18 @@ class _Story:
         prompts = self._prompts()
         if not prompts:
             return None
-        first_frames = None
-        if "first_frame" in self.run.flavour.conditioning:
-            wanted = self.config.eval_dataset_id if self.config.validation_using_datasets else None
+        wanted = self.config.eval_dataset_id if self.config.validation_using_datasets else None
 
-            def first_frames(size: tuple[int, int]) -> list[Any]:
-                return [image for image, _ in data.first_frames(wanted, len(prompts), size)]
+        def first_frames(size: tuple[int, int]) -> list[Any]:
+            return [image for image, _ in data.first_frames(wanted, len(prompts), size)]
 
-        return Validator(self.run, self.plugins, prompts, data.text, first_frames)
+        conditioned = "first_frame" in self.run.flavour.conditioning
+        return Validator(self.run, self.plugins, prompts, data.text, first_frames if conditioned else None)
 
     def _report_plan(self, kernel: Kernel, loader: Loader, total: int) -> None:
         from hooktuner.train.adapters import parameter_bytes
         from hooktuner.train.loop import micros_per_step
+        from hooktuner.train.metrics import in_bytes
 
         run, config = self.run, self.config
         assert run.card is not None
@@ -338,8 +354,7 @@ class _Story:
         lines = [
             f"[bold]{run.card.name}[/] {run.flavour.name} ({config.model_type}) on {run.device}, "
             f"arithmetic {str(run.compute_dtype).removeprefix('torch.')}",
-            f"denoiser weights {weights / 2**30:.2f} GiB; gradients and optimizer "
-            f"{3 * parameter_bytes(trained) / 2**30:.2f} GiB",
+            f"denoiser weights {in_bytes(weights)}; gradients and optimizer {in_bytes(3 * parameter_bytes(trained))}",
             *(f"trained, {line}" for line in kernel.trainables.describe()),
             f"{loader.samples_per_epoch} samples per epoch, up to {step_samples} per step, {total} steps "
             f"({total * micros_per_step(run, self.engine) / loader.micros_per_epoch:.1f} epochs)",

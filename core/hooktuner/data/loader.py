@@ -11,7 +11,7 @@ import hashlib
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -149,7 +149,7 @@ class Loader:
             return self._text(self.empty_caption)
         return self._text(sample.captions[int(uniform(seed, "caption", index) * len(sample.captions))])
 
-    def stream(self, micros: Iterable[int], prefetch: int = 2) -> Iterator[Batch]:
+    def stream(self, micros: Iterable[int], prefetch: int = 2) -> Generator[Batch]:
         """The batches of `micros`, up to `prefetch` of them made ahead in a thread (in pinned memory, where asked for).
 
         An exception of the thread is raised here. Close the iterator (`.close()`, or exhaust it) to end the thread.

@@ -22,7 +22,7 @@ class Engine:
     """One process's view of the devices: `device`, `rank`, `world`."""
 
     def __init__(self, config: RunConfig) -> None:
-        trackers = [] if config.report_to == "none" else [config.report_to]
+        trackers: list[Any] = [] if config.report_to == "none" else [config.report_to]
         self._accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # otherwise CPU processes would train without each other
             mixed_precision="no",

@@ -84,6 +84,11 @@ def truncate_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def in_bytes(count: float) -> str:
+    """A number of bytes for people: `9.83 GiB`, `1.4 MiB`."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident in a CPU process."""
     if device.type == "cuda":
@@ -107,7 +112,7 @@ class _Pace:
         self._seconds: float | None = None
         self._loss: float | None = None
 
-    def fields(self, result: StepResult, seconds: float, device: torch.device) -> dict[str, str]:
+    def fields(self, result: StepResult, seconds: float, device: torch.device) -> dict[str, Any]:
         self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         self._loss = result.loss if self._loss is None else 0.95 * self._loss + 0.05 * result.loss
         left = self._seconds * (self._total - result.number)
@@ -116,7 +121,7 @@ class _Pace:
             "lr": f"{result.learning_rate:.2e}",
             "pace": f"{self._seconds:.3g} s/step",
             "eta": time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} d",
-            "memory": f"{memory_bytes(device) / 2**30:.2f} GiB",
+            "memory": in_bytes(memory_bytes(device)),
         }
 
 
