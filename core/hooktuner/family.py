@@ -199,6 +199,10 @@ class Anatomy(Protocol):
         """Further repeated blocks (text refiners …) that are checkpointed and offloaded but never routed."""
         ...
 
+    def width(self, denoiser: torch.nn.Module) -> int:
+        """Token width D of the main blocks, for modules that read their outputs."""
+        ...
+
     def read(self, args: tuple[Any, ...]) -> BlockTokens:
         """The token-aligned view of a call of a main block."""
         ...

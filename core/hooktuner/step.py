@@ -108,7 +108,8 @@ class Step:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. `terms` are already scaled by their weights and averaged over the global batch."""
+    """What one optimizer step did. `terms` are already scaled by their weights and averaged over the global batch, and
+    so are `metrics`, the further numbers of regularizers under `<plugin>/<name>`."""
 
     number: int
     epoch: int
@@ -117,3 +118,4 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     samples: Sequence[str]
+    metrics: Mapping[str, float] = field(default_factory=dict)

@@ -46,6 +46,9 @@ class BlockCall:
     kept_BK: torch.Tensor | None = None
     """Sorted indices, per sample of the call, of the tokens that are still there; None: all. A route sets it for what
     it proceeds to, so that what observes knows which tokens it sees."""
+    first_args: tuple[Any, ...] | None = None
+    """The arguments with which the model called its first main block in the forward pass under way, before anything
+    was routed: what observes a routed call reads the whole sequence's grid and token order from them."""
 
 
 class BlockInterceptor:
@@ -70,6 +73,12 @@ class Regularizer:
     def terms(self, step: Step) -> Mapping[str, torch.Tensor]:
         """Scalars that are added to the loss, already weighted; "" is the plugin's own name. Called after
         `compute_loss`, with gradients."""
+        return {}
+
+    def metrics(self, step: Step) -> Mapping[str, torch.Tensor]:
+        """Further scalars to log as `<plugin>/<name>`, not part of the loss. Called after `terms`; the names are a
+        function of the step's number. They travel with the losses, so a device is never waited for, and arrive,
+        averaged over the global batch, in `StepResult.metrics`."""
         return {}
 
     def modules(self) -> Mapping[str, torch.nn.Module]:

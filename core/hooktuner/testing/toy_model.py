@@ -193,6 +193,10 @@ class ToyAnatomy:
         """The text blocks."""
         return list(denoiser.text_blocks)  # type: ignore[arg-type]
 
+    def width(self, denoiser: nn.Module) -> int:
+        """Width of a token."""
+        return denoiser.patch_in.out_features  # type: ignore[union-attr, return-value]
+
     def read(self, args: tuple[Any, ...]) -> BlockTokens:
         """Tokens, and the rotary table beside them."""
         return BlockTokens(args[0], ((flat_rope(args[3]), 1),), grid_of(args[3]))

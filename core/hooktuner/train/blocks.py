@@ -61,6 +61,7 @@ class BlockRunner:
         self._index = {id(block): index for index, block in enumerate(blocks)}
         self._position: dict[int, int] = {}
         self._step: Step | None = None
+        self._first_args: tuple[Any, ...] | None = None
 
     def attach(self) -> None:
         """Become the denoiser's checkpointing function."""
@@ -81,7 +82,7 @@ class BlockRunner:
                 begun.append(interceptor)
             yield
         finally:
-            self._step = None
+            self._step = self._first_args = None
             for interceptor in reversed(begun):
                 interceptor.end(step)
 
@@ -90,7 +91,9 @@ class BlockRunner:
         if self._step is None or not self._interceptors or self._anatomy is None:
             return self._compute(block, None, args)
         index = self._index.get(id(block))
-        call = BlockCall(block, index, args, self._anatomy, self._step)
+        if index == 0:
+            self._first_args = args
+        call = BlockCall(block, index, args, self._anatomy, self._step, first_args=self._first_args)
         if index is None:  # extra blocks have no tokens to route or observe
             return self._compute(block, call, args)
         return _nest(self._outer, lambda inner: self._compute(inner.block, inner, inner.args))(call)

@@ -43,6 +43,7 @@ class PendingResult:
     samples: tuple[str, ...]
     values: Tensor
     arrived: torch.cuda.Event | None
+    metrics: tuple[str, ...] = ()
     stop: bool = False
     """Whether any process was asked to stop before this step; known after `wait`."""
 
@@ -52,9 +53,10 @@ class PendingResult:
             self.arrived.synchronize()
         stop, grad_norm, *values = self.values.tolist()
         self.stop = stop > 0
-        terms = dict(zip(self.terms, values, strict=True))
+        terms = dict(zip(self.terms, values[: len(self.terms)], strict=True))
+        metrics = dict(zip(self.metrics, values[len(self.terms) :], strict=True))
         loss = sum(terms.values())
-        result = StepResult(self.number, self.epoch, loss, terms, self.learning_rate, grad_norm, self.samples)
+        result = StepResult(self.number, self.epoch, loss, terms, self.learning_rate, grad_norm, self.samples, metrics)
         if not torch.isfinite(self.values).all():
             broken = [f"loss/{name} = {value}" for name, value in terms.items() if not _finite(value)]
             what = ", ".join(broken) or f"the gradient norm is {grad_norm}"
@@ -170,21 +172,25 @@ class Kernel:
         """
         while True:
             try:
-                totals = self._accumulate(number, micros, samples)
+                terms, metrics = self._accumulate(number, micros, samples)
                 break
             except torch.OutOfMemoryError:  # nothing has moved yet: the same step can be done again
                 self.optimizer.zero_grad(set_to_none=True)
                 if self.offload is None or not self.offload.out_of_memory():
                     raise
+        self._average_gradients()
         grad_norm = self._clip()
         wish = self._broken.new_ones(()) if stop else self._broken.new_zeros(())
-        values = self.engine.average(torch.stack([wish, grad_norm, *totals.values()]))
+        values = self.engine.average(torch.stack([wish, grad_norm, *terms.values(), *metrics.values()]))
         self._optimize(values, learning_rate)
-        return self._send(number, epoch, learning_rate, totals, values, [key for _, b in micros for key in b.keys])
+        keys = tuple(key for _, batch in micros for key in batch.keys)
+        return self._send(PendingResult(number, epoch, learning_rate, tuple(terms), keys, values, None, tuple(metrics)))
 
-    def _accumulate(self, number: int, micros: Sequence[tuple[int, Batch]], samples: int) -> dict[str, Tensor]:
-        """Forward and backward of every micro-batch; the weighted loss terms, detached."""
-        totals: dict[str, Tensor] = {}
+    def _accumulate(
+        self, number: int, micros: Sequence[tuple[int, Batch]], samples: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Forward and backward of every micro-batch; loss terms and metrics, each weighted by its samples, detached."""
+        totals: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         for position, (micro, batch) in enumerate(micros):
             batch = batch.to(self.engine.device)
             last = position == len(micros) - 1
@@ -194,21 +200,35 @@ class Kernel:
             step = self.draw(batch, number, micro)
             with self.runner.during(step):
                 if last:
-                    terms = self._forward_backward(step, weight)
+                    numbers = self._forward_backward(step, weight)
                 else:
                     with self.engine.unsynchronised(self.model):
-                        terms = self._forward_backward(step, weight)
-            for name, value in terms.items():
-                value = value.detach().float() * weight
-                totals[name] = totals[name] + value if name in totals else value
+                        numbers = self._forward_backward(step, weight)
+            for total, mine in zip(totals, numbers, strict=True):
+                for name, value in mine.items():
+                    value = value.detach().float() * weight
+                    total[name] = total[name] + value if name in total else value
         return totals
 
-    def _forward_backward(self, step: Step, weight: float) -> dict[str, Tensor]:
+    def _forward_backward(self, step: Step, weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         step.prediction_BCFHW = self.predict(step)
         terms = self.losses(step)
         loss = torch.stack([value.float() for value in terms.values()]).sum() if len(terms) > 1 else terms[FLOW_TERM]
+        metrics = {
+            f"{plugin}/{name}": value
+            for plugin, regularizer in self.regularizers.items()
+            for name, value in regularizer.metrics(step).items()
+        }
         (loss * weight if weight != 1.0 else loss).backward()
-        return terms
+        return terms, metrics
+
+    def _average_gradients(self) -> None:
+        """Over processes, for modules of regularizers: the distributed wrapper averages the denoiser's only."""
+        if self.engine.world > 1:
+            for group, parameters in self.trainables.groups.items():
+                for parameter in parameters.values() if group != "denoiser" else ():
+                    if parameter.grad is not None:
+                        parameter.grad = self.engine.average(parameter.grad)
 
     def _clip(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -233,22 +253,15 @@ class Kernel:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _send(
-        self,
-        number: int,
-        epoch: int,
-        learning_rate: float,
-        terms: Mapping[str, Tensor],
-        values: Tensor,
-        samples: Sequence[str],
-    ) -> PendingResult:
-        arrived = None
-        if values.device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return PendingResult(number, epoch, learning_rate, tuple(terms), tuple(samples), values, arrived)
+    @staticmethod
+    def _send(result: PendingResult) -> PendingResult:
+        """The result with its values on their way to the host."""
+        if result.values.device.type == "cuda":
+            host = torch.empty(result.values.shape, dtype=result.values.dtype, pin_memory=True)
+            result.values = host.copy_(result.values, non_blocking=True)
+            result.arrived = torch.cuda.Event()
+            result.arrived.record()
+        return result
 
 
 def draw(run: Run, plugins: PluginSet, batch: Batch, *, number: int = 1, micro: int = 0) -> Step:

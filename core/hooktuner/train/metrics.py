@@ -42,6 +42,7 @@ class MetricsWriter:
     def write(self, result: StepResult, seconds: float, more: Mapping[str, float] | None = None) -> None:
         """One finished step; `seconds` is its wall time, `more` further numbers for `timings.jsonl`."""
         numbers = {"loss": result.loss, **{f"loss/{name}": value for name, value in result.terms.items()}}
+        numbers |= result.metrics
         metrics = {"step": result.number, "epoch": result.epoch, **numbers, "lr": result.learning_rate}
         metrics["grad_norm"] = result.grad_norm
         timings = {

@@ -32,6 +32,10 @@ class Kandinsky5Anatomy:
         """The text refiner's blocks; they are never routed."""
         return list(unwrapped(denoiser).text_transformer_blocks)
 
+    def width(self, denoiser: torch.nn.Module) -> int:
+        """The model's width: 1792 for Lite, 4096 for Pro."""
+        return unwrapped(denoiser).config.model_dim
+
     def read(self, args: tuple[Any, ...]) -> BlockTokens:
         """Tokens, and the rotary table (B, N, 1, head/2, 2, 2) that goes with them token by token."""
         tokens_BND, _, _, rope, _ = args
