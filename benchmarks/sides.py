@@ -86,10 +86,15 @@ def our_side(
     engine = Engine(run.config)
     run.device = engine.device
     prepare_trainables(run, denoiser)
-    runner = BlockRunner(denoiser, run.anatomy, [], Recompute())
+    interceptors = [interceptor for _, interceptor in plugins.intercept_blocks(run, denoiser)]
+    regularizers = plugins.regularizer(run, denoiser)
+    for module in (one for regularizer in regularizers.values() for one in regularizer.modules().values()):
+        module.to(engine.device)
+    runner = BlockRunner(denoiser, run.anatomy, interceptors, Recompute())
     runner.attach()
-    trainables = collect_trainables(denoiser, {})
-    kernel = Kernel(run, plugins, engine, denoiser, runner, {}, trainables, make_optimizer(run.config, trainables))
+    trainables = collect_trainables(denoiser, regularizers)
+    optimizer = make_optimizer(run.config, trainables)
+    kernel = Kernel(run, plugins, engine, denoiser, runner, regularizers, trainables, optimizer)
     cuda = engine.device.type == "cuda"
     loader = Loader(samples, run.config, empty_caption=samples[0].captions[0], pin_memory=cuda)
     run.output_dir.mkdir(parents=True, exist_ok=True)

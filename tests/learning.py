@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import hooktuner
 import numpy as np
 import torch
-from hooktuner.assemble import assemble
-from hooktuner.data import build_caches, index_datasets
-from hooktuner.draft import read_draft
-from hooktuner.sources import build_model_source
 from hooktuner.testing import write_video
 from hooktuner_kandinsky5_video import tiny
 from rich.console import Console
-from safetensors.torch import load_file
 
 CAPTIONS = ("a red field beside a deep blue one", "a green meadow under the bright yellow sun")
 COLOURS = (((230, 30, 30), (20, 20, 190)), ((20, 190, 40), (240, 230, 40)))
@@ -56,11 +52,12 @@ def build_checkpoint(folder: Path) -> Path:
 
 
 def write_clips(folder: Path) -> None:
-    """Two clips of two coloured halves each, with their captions beside them."""
+    """Two clips, each a ramp between two colours, with their captions beside them."""
     folder.mkdir()
     for number, ((left, right), caption) in enumerate(zip(COLOURS, CAPTIONS, strict=True)):
-        frames = np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)
-        frames[:, :, : SIDE // 2], frames[:, :, SIDE // 2 :] = left, right
+        ramp_W1 = np.linspace(0, 1, SIDE)[:, None]  # smooth: decoders differ in how they enlarge sharp colour edges
+        row_WC = (1 - ramp_W1) * np.array(left) + ramp_W1 * np.array(right)
+        frames = np.broadcast_to(row_WC.round().astype(np.uint8), (FRAMES, SIDE, SIDE, 3)).copy()
         write_video(folder / f"clip{number}.mp4", frames, rate=24)
         (folder / f"clip{number}.txt").write_text(caption)
 
@@ -93,14 +90,20 @@ def train(config: dict[str, Any], plugins: Sequence[Any] = ()) -> Path:
     return result.checkpoint
 
 
-def clip_latents(config: dict[str, Any]) -> list[torch.Tensor]:
-    """The cached latents of the two clips, (C, F, H, W), in the order of `CAPTIONS`."""
-    assembled = assemble(read_draft(config))
-    run, plugins = assembled.run, assembled.plugins
-    run.device, run.model_path = torch.device("cpu"), build_model_source(run)
-    run.weight_dtype = run.compute_dtype = torch.float32
-    data = build_caches(run, plugins, index_datasets(run))
-    return [load_file(data.latents[f"clips/clip{number}.mp4"])["latents"].float() for number in (0, 1)]
+def clip_latents(folder: Path, model: Path) -> list[torch.Tensor]:
+    """What the two clips are as latents (C, F, H, W), in the order of `CAPTIONS`: by PyAV and diffusers alone, so that
+    a mistake in our decoding, encoding or scaling is not in the reference too."""
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(model, subfolder="vae")
+    found = []
+    for number in range(len(CAPTIONS)):
+        with av.open(str(folder / f"clips/clip{number}.mp4")) as container:
+            frames = np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
+        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
+        with torch.no_grad():
+            found.append(vae.encode(pixels).latent_dist.mode()[0] * vae.config["scaling_factor"])
+    return found
 
 
 def sample(model: Path, checkpoint: Path | None, captions: Sequence[str], *, steps: int = 20) -> list[torch.Tensor]:

@@ -221,6 +221,8 @@ class _Chooser:
         options = self._validated(plugin, model)
         switch = None if options is None else _switch(plugin, options)
         unclear = claimed_twice(plugin, self.installed)
+        if switch is None and self.choice.bad & set(keys):
+            return  # what was refused may be the value that switches the plugin on
         if switch is None and options is not None:
             one = "the option" if len(keys) == 1 else "these options"
             kind, fix = "plugin", f"Activate it with --plugin {plugin.name}, or remove {one}."

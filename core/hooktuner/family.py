@@ -175,8 +175,9 @@ class BlockTokens:
 class Keepable:
     """Which subsets of tokens a block can be given.
 
-    unit: `any` (every subset), `tiles` (whole runs of `tile` consecutive tokens), `sub_grid` (whole rows and columns
-    of the grid), `none`. must_keep_BN: tokens that may never be dropped (bool, batch axis 1 or B), or None.
+    unit: `any` (every subset), `tiles` (whole runs of `tile` consecutive tokens), `sub_grid` (a product of frames, rows
+    and columns of the grid, so that what remains is a grid again; `BlockTokens.grid` must be known), `none`.
+    must_keep_BN: tokens that may never be dropped (bool, batch axis 1 or B), or None.
     """
 
     unit: Literal["any", "tiles", "sub_grid", "none"]
@@ -204,12 +205,14 @@ class Anatomy(Protocol):
         ...
 
     def read(self, args: tuple[Any, ...]) -> BlockTokens:
-        """The token-aligned view of a call of a main block."""
+        """The token-aligned view of a call of a main block. Behind the start of a route the model hands a block the
+        kept tokens together with the sides of the whole sequence, and both are returned as they are."""
         ...
 
     def write(self, args: tuple[Any, ...], tokens: BlockTokens, kept_BK: torch.Tensor | None) -> tuple[Any, ...]:
         """The arguments with other tokens and sides. `kept_BK` are the sorted indices that remain (None: all), for
-        arguments that are neither tokens nor sides but depend on them, such as block-sparse masks."""
+        arguments that are neither tokens nor sides but depend on them, such as block-sparse masks. Where whole frames,
+        rows and columns were dropped (`sub_grid`), `tokens.grid` is the grid of what remains, else None."""
         ...
 
     def keepable(self, args: tuple[Any, ...], step: Any) -> Keepable:

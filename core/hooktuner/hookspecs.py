@@ -200,7 +200,7 @@ class HookSpecs(Protocol):
         """Replace the noised input before the prediction (scheduled sampling).
 
         When: after `condition`. Receives: the step, and `predict(noisy_BCFHW, sigma_B)` → velocity_BCFHW without
-        gradients, conditioning included.
+        gradients and without dropout, conditioning included.
         Returns: None to leave the step alone, or a mapping with any of `noisy_BCFHW`, `sigma_B`, `target_BCFHW`
         (same shapes, float32). Must have no effect on random streams.
         """

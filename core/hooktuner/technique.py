@@ -7,7 +7,7 @@ working default. Importing this module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ class BlockCall:
     first_args: tuple[Any, ...] | None = None
     """The arguments with which the model called its first main block in the forward pass under way, before anything
     was routed: what observes a routed call reads the whole sequence's grid and token order from them."""
+    checkpointed: bool = False
+    """For the stage `reside`: the call is recomputed in the backward pass, and autograd's saved tensors are managed by
+    that; otherwise autograd keeps what the block saves."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """For the stage `reside`: empty in the forward pass; the recomputation gets the same dictionary with what was left
+    in it, each interceptor under its plugin's name."""
 
 
 class BlockInterceptor:

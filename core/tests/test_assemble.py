@@ -196,6 +196,13 @@ def test_a_key_of_an_inactive_plugin(write_config: WriteConfig, shelf: Any) -> N
     ]
 
 
+def test_a_refused_switch_is_not_called_inactive_too(write_config: WriteConfig, shelf: Any) -> None:
+    shelf.technique()
+    assert refusal(write_config(echo_enabled="maybe", echo_weight=2)) == [
+        'config.json: echo_enabled — must be true or false, not "maybe".'
+    ]
+
+
 def test_a_key_of_another_family(write_config: WriteConfig, shelf: Any) -> None:
     shelf.family("songs")
     assert refusal(write_config(songs_tiling=True)) == [

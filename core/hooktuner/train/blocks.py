@@ -100,10 +100,11 @@ class BlockRunner:
 
     def _compute(self, block: nn.Module, call: BlockCall | None, args: tuple[Any, ...]) -> Any:
         position = self._position.setdefault(id(block), len(self._position))
+        checkpointed = self._recompute.applies(position)
         function: Callable[..., Any] = block
         if call is not None and self._inner:
-            function = self._resident(call)
-        if not self._recompute.applies(position):
+            function = self._resident(replace(call, checkpointed=checkpointed, notes={}))
+        if not checkpointed:
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self._recompute.dropout)
 

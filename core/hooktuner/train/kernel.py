@@ -10,7 +10,8 @@ have arrived and the run is stopped with the names of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +59,8 @@ class PendingResult:
         loss = sum(terms.values())
         result = StepResult(self.number, self.epoch, loss, terms, self.learning_rate, grad_norm, self.samples, metrics)
         if not torch.isfinite(self.values).all():
-            broken = [f"loss/{name} = {value}" for name, value in terms.items() if not _finite(value)]
+            numbers = {**{f"loss/{name}": value for name, value in terms.items()}, **metrics}
+            broken = [f"{name} = {value}" for name, value in numbers.items() if not _finite(value)]
             what = ", ".join(broken) or f"the gradient norm is {grad_norm}"
             raise NonFiniteLossError(
                 f"step {self.number} — {what}; the optimizer has not moved since step {self.number - 1}. Samples: "
@@ -118,7 +120,8 @@ class Kernel:
         def predict(noisy_BCFHW: Tensor, sigma_B: Tensor) -> Tensor:
             other = replace(step, noisy_BCFHW=noisy_BCFHW, sigma_B=sigma_B, timestep_B=flow.timestep(sigma_B), notes={})
             _give(other)
-            with torch.no_grad(), autocast(self.engine.device, self._compute_dtype):
+            dropout = _no_dropout(self.denoiser) if self._step_seeds else nullcontext()
+            with torch.no_grad(), dropout, autocast(self.engine.device, self._compute_dtype):
                 return self.plugins.predict(self.run, self.denoiser, other).float()
 
         replaced = self.plugins.prepare_input(self.run, step, predict)
@@ -285,3 +288,16 @@ def _give(step: Step) -> None:
     if step.conditioning is not None:
         given = step.conditioning.given_B1FHW
         step.noisy_BCFHW = torch.where(given, step.conditioning.latents_BCFHW.to(step.noisy_BCFHW), step.noisy_BCFHW)
+
+
+@contextmanager
+def _no_dropout(model: nn.Module) -> Iterator[None]:
+    """The model as it samples: without dropout, which would also move torch's global stream."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

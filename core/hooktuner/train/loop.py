@@ -56,6 +56,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._clock = time.perf_counter()
         self._saved_step = self.progress.position.step
+        self._notes_told = len(self.run.notes)
 
     @property
     def micros_per_step(self) -> int:
@@ -128,11 +129,18 @@ class Loop:
         seconds, self._clock = now - self._clock, now
         self.writer.write(result, seconds, self.kernel.offload.report() if self.kernel.offload else None)
         display.update(result, seconds)
+        self._tell_notes()
         self.progress.losses.append(result.loss)
         self.plugins.on_event(self.run, events.StepFinished(result))
         alone = self.engine.world == 1  # several processes stop together: they agree through the step's numbers
         if pending.stop or (alone and self.stop()):
             self.progress.interrupted = True
+
+    def _tell_notes(self) -> None:
+        """Notes that came up while training (the start report has told the others)."""
+        for note in self.run.notes[self._notes_told :]:
+            self.console.print(f"[cyan]note[/] {note}", highlight=False, soft_wrap=True)
+        self._notes_told = len(self.run.notes)
 
     def _save(self) -> None:
         self.writer.flush()
