@@ -18,13 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from hooktuner.context import Run
 from hooktuner.data.loader import Sample
+from hooktuner.plugins import PluginSet
 from hooktuner.testing import make_plugins, make_run
+from hooktuner.train.adapters import collect_trainables, prepare_trainables
+from hooktuner.train.blocks import BlockRunner, Recompute
+from hooktuner.train.engine import Engine
+from hooktuner.train.kernel import Kernel
+from hooktuner.train.optim import make_optimizer
 from hooktuner_crepa.encoder import STORED, encoder_size, feature_width
 from hooktuner_crepa.session import FEATURES
 from kernel import SHAPES
 from safetensors.torch import save_file
-from sides import Shape, build_denoiser, our_side, write_cache
+from sides import Shape, build_denoiser, train_function, write_cache
 
 PATCH = 14
 
@@ -40,6 +47,18 @@ def with_features(samples: list[Sample], folder: Path, shape: Shape, encoder: st
         save_file({FEATURES: features.to(STORED)}, path)
         more.append(replace(sample, features=path))
     return more
+
+
+def build_kernel(run: Run, plugins: PluginSet, denoiser: torch.nn.Module) -> Kernel:
+    """The kernel of a run with whatever techniques are active, on the CPU."""
+    prepare_trainables(run, denoiser)
+    interceptors = [interceptor for _, interceptor in plugins.intercept_blocks(run, denoiser)]
+    regularizers = plugins.regularizer(run, denoiser)
+    runner = BlockRunner(denoiser, run.anatomy, interceptors, Recompute())
+    runner.attach()
+    trainables = collect_trainables(denoiser, regularizers)
+    optimizer = make_optimizer(run.config, trainables)
+    return Kernel(run, plugins, Engine(run.config), denoiser, runner, regularizers, trainables, optimizer)
 
 
 def measure(rounds: int, steps: int, encoder: str, edge: int) -> dict[str, float | str | int]:
@@ -58,7 +77,7 @@ def measure(rounds: int, steps: int, encoder: str, edge: int) -> dict[str, float
             plugins = make_plugins("kandinsky5-video", *(["crepa"] if more else []))
             run = make_run(plugins, "tiny", folder / side, **keys, **more)
             mine = with_features(samples, folder, shape, encoder, edge) if more else samples
-            sides[side] = our_side(build_denoiser(shape, cpu, torch.float32), run, plugins, mine)
+            sides[side] = train_function(build_kernel(run, plugins, build_denoiser(shape, cpu, torch.float32)), mine)
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(rounds + 1):
             for side in ("with", "without") if number % 2 else ("without", "with"):

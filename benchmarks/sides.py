@@ -86,15 +86,16 @@ def our_side(
     engine = Engine(run.config)
     run.device = engine.device
     prepare_trainables(run, denoiser)
-    interceptors = [interceptor for _, interceptor in plugins.intercept_blocks(run, denoiser)]
-    regularizers = plugins.regularizer(run, denoiser)
-    for module in (one for regularizer in regularizers.values() for one in regularizer.modules().values()):
-        module.to(engine.device)
-    runner = BlockRunner(denoiser, run.anatomy, interceptors, Recompute())
+    runner = BlockRunner(denoiser, run.anatomy, [], Recompute())
     runner.attach()
-    trainables = collect_trainables(denoiser, regularizers)
-    optimizer = make_optimizer(run.config, trainables)
-    kernel = Kernel(run, plugins, engine, denoiser, runner, regularizers, trainables, optimizer)
+    trainables = collect_trainables(denoiser, {})
+    kernel = Kernel(run, plugins, engine, denoiser, runner, {}, trainables, make_optimizer(run.config, trainables))
+    return train_function(kernel, samples)
+
+
+def train_function(kernel: Kernel, samples: list[Sample]) -> Callable[[int], list[float]]:
+    """A function that trains so many more steps with a kernel and returns their seconds."""
+    run, plugins, engine = kernel.run, kernel.plugins, kernel.engine
     cuda = engine.device.type == "cuda"
     loader = Loader(samples, run.config, empty_caption=samples[0].captions[0], pin_memory=cuda)
     run.output_dir.mkdir(parents=True, exist_ok=True)

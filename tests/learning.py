@@ -52,10 +52,10 @@ def build_checkpoint(folder: Path) -> Path:
 
 
 def write_clips(folder: Path) -> None:
-    """Two clips, each a ramp between two colours, with their captions beside them."""
+    """Two clips of two coloured halves each, with their captions beside them."""
     folder.mkdir()
     for number, ((left, right), caption) in enumerate(zip(COLOURS, CAPTIONS, strict=True)):
-        ramp_W1 = np.linspace(0, 1, SIDE)[:, None]  # smooth: decoders differ in how they enlarge sharp colour edges
+        ramp_W1 = np.linspace(-1.5, 2.5, SIDE).clip(0, 1)[:, None]  # soft: decoders differ at sharp colour edges
         row_WC = (1 - ramp_W1) * np.array(left) + ramp_W1 * np.array(right)
         frames = np.broadcast_to(row_WC.round().astype(np.uint8), (FRAMES, SIDE, SIDE, 3)).copy()
         write_video(folder / f"clip{number}.mp4", frames, rate=24)

@@ -149,7 +149,11 @@ class ScheduledSamplingOptions(PluginOptions):
                 f"{_KEY}prob_start already says where the ramp starts, so it does nothing",
                 "Remove one of the two.",
             )
-        if self.scheduled_sampling_sampler == "euler" and f"{_KEY}order" in written and self.scheduled_sampling_order > 1:
+        if (
+            self.scheduled_sampling_sampler == "euler"
+            and f"{_KEY}order" in written
+            and self.scheduled_sampling_order > 1
+        ):
             yield Problem(
                 f"{_KEY}order",
                 f"the Euler solver has order 1, not {self.scheduled_sampling_order}",

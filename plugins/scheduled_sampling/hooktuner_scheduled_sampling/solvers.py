@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from hooktuner.flow import append_dims
+from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_BCFHW, sigma_B) → velocity_BCFHW."""
@@ -45,11 +44,11 @@ def integrate(velocity: Velocity, x_BCFHW: Tensor, nodes_BN: Tensor, *, sampler:
         sigma_B = nodes_BN[:, step].to(x)
         data.insert(0, x - append_dims(sigma_B, x) * velocity(x, sigma_B))
         if correction is not None:
-            x = torch.where(append_dims(nodes.moves(step - 1), x), correction.apply(x_before, data), x)
+            x = correction.apply(x_before, data)
+        del data[order:]
         x_before = x
         x = nodes.weights(step, sampler, order).apply(x, data)
         correction = nodes.correction(step, order) if sampler == "unipc" else None
-        del data[order:]
     return x
 
 
@@ -82,29 +81,20 @@ class _Nodes:
         self.sigma_BN = sigma_BN
         self.alpha_BN = 1 - sigma_BN
         self.lambda_BN = self.alpha_BN.log() - sigma_BN.log()
-        self._moves = sigma_BN[:, 1:] < sigma_BN[:, :-1]
-        self._behind = self._moves.long().cumsum(dim=1)  # steps done, this one included
-
-    def moves(self, step: int) -> Tensor:
-        """Which samples do not rest in this step, (B,)."""
-        return self._moves[:, step]
+        self._behind = (sigma_BN[:, 1:] < sigma_BN[:, :-1]).long().cumsum(dim=1)  # steps done, this one included
 
     def weights(self, step: int, sampler: str, order: int) -> _Weights:
         """Of the step from node `step` to the next."""
         make = self._unip if sampler == "unipc" else self._dpm
-        chosen = self._choose(step, order, make)
-        rest = ~self.moves(step)
-        return _Weights(
-            torch.where(rest, torch.ones_like(chosen.keep_B), chosen.keep_B),
-            [torch.where(rest, torch.zeros_like(weight), weight) for weight in chosen.of],
-        )
+        return self._choose(step, order, make)
 
     def correction(self, step: int, order: int) -> _Weights:
         """UniC of the step from node `step` to the next, once the data prediction there is known (it is the newest)."""
         return self._choose(step, order, self._unic)
 
     def _choose(self, step: int, order: int, make: Callable[[int, int], _Weights]) -> _Weights:
-        """The weights of the order that each sample's history allows."""
+        """The weights of the order that each sample's history allows; a sample that rests has h = 0 and order 1, for
+        which every solver's weights are exactly those of staying."""
         candidates = [make(step, p) for p in range(1, min(order, step + 1) + 1)]
         keep_B, length = candidates[0].keep_B, len(candidates[-1].of)
         of = _padded(candidates[0].of, length)
@@ -130,10 +120,7 @@ class _Nodes:
         """UniP. Order 2 takes ½ in place of the system's answer, as the paper does."""
         ratio_B, alpha_B, h_B = self._step(step)
         scale_B, r = alpha_B * torch.expm1(-h_B), self._ratios(step, order)
-        if order == 2:
-            rho = [torch.full_like(h_B, 0.5)]
-        else:
-            rho = _system(r, h_B) if order > 1 else []
+        rho = [torch.full_like(h_B, 0.5)] if order == 2 else _system(r, h_B)
         shares = [-scale_B * rho_B / r_B for rho_B, r_B in zip(rho, r, strict=True)]
         return _Weights(ratio_B, [-scale_B - _sum(shares, scale_B), *shares])
 
@@ -146,36 +133,44 @@ class _Nodes:
         return _Weights(ratio_B, [newest, -scale_B - _sum(shares, scale_B) - newest, *shares])
 
     def _dpm(self, step: int, order: int) -> _Weights:
-        """DPM-Solver++ (multistep): D and its divided differences over λ, integrated exactly (order 2: midpoint)."""
+        """DPM-Solver++ (multistep): D's Taylor series over λ from divided differences (order 2: "midpoint").
+
+        Order 3 is that of the authors' code and of diffusers, so that rollouts are what sampling is: the second
+        divided difference, half the second derivative, stands there for the whole, and the error falls with order 2.
+        """
         ratio_B, alpha_B, h_B = self._step(step)
-        phi1 = torch.expm1(-h_B)
+        phi1_B = torch.expm1(-h_B)
         if order == 1:
-            return _Weights(ratio_B, [-alpha_B * phi1])
+            return _Weights(ratio_B, [-alpha_B * phi1_B])
         earlier = [-r_B for r_B in self._ratios(step, order)]
         if order == 2:
-            slope = -0.5 * alpha_B * phi1 / earlier[0]
-            return _Weights(ratio_B, [-alpha_B * phi1 + slope, -slope])
-        near, far = earlier[0], earlier[1] - earlier[0]
-        phi2, phi3 = phi1 / h_B + 1, (phi1 + h_B) / h_B.square() - 0.5
-        # d1 = (D0 − D1)/near and d2 = (D1 − D2)/far; first derivative d1 + near·(d1 − d2)/(near + far), second
-        # derivative over two (d1 − d2)/(near + far).
-        second = (alpha_B * phi2 * near - alpha_B * phi3) / (near + far)
-        on_d1, on_d2 = alpha_B * phi2 + second, -second
-        return _Weights(ratio_B, [-alpha_B * phi1 + on_d1 / near, on_d2 / far - on_d1 / near, -on_d2 / far])
+            slope_B = -0.5 * alpha_B * phi1_B / earlier[0]
+            return _Weights(ratio_B, [-alpha_B * phi1_B + slope_B, -slope_B])
+        near_B, far_B = earlier[0], earlier[1] - earlier[0]
+        phi2_B, phi3_B = phi1_B / h_B + 1, (phi1_B + h_B) / h_B.square() - 0.5
+        # With d1 = (D0 − D1)/near and d2 = (D1 − D2)/far, the second difference is (d1 − d2)/(near + far) and the
+        # derivative d1 + near·second; the step adds α·φ2·derivative − α·φ3·second.
+        second_B = alpha_B * (phi2_B * near_B - phi3_B) / (near_B + far_B)
+        on_d1_B, on_d2_B = alpha_B * phi2_B + second_B, -second_B
+        newest_B = on_d1_B / near_B
+        oldest_B = -on_d2_B / far_B
+        return _Weights(ratio_B, [-alpha_B * phi1_B + newest_B, -newest_B - oldest_B, oldest_B])
 
 
 def _system(r: Sequence[Tensor], h_B: Tensor) -> list[Tensor]:
     """ρ with Σ_k ρ_k·r_k^(n−1) = b_n for n = 1 … len(r), per sample (UniPC, eq. 10 ff., with B = e^(−h) − 1).
 
-    b_n = n!·φ_(n+1)(−h)·(−h)^n / (−h)^(n−1) / B, where φ_1(z) = (e^z − 1)/z and φ_(n+1)(z) = (φ_n(z) − 1/n!)/z.
+    b_n = n!·z·φ_(n+1)(z)/B at z = −h, where φ_1(z) = (e^z − 1)/z and φ_(n+1)(z) = (φ_n(z) − 1/n!)/z.
     Samples that rest get numbers without meaning, which nobody uses; nothing waits for the device.
     """
+    if not r:
+        return []
     z_B = -h_B
     powers, moments = [], []
     phi_B, factorial = torch.expm1(z_B) / z_B, 1
     for n in range(1, len(r) + 1):
         factorial *= n
-        phi_B = (phi_B - 1 / (factorial / 1)) / z_B
+        phi_B = (phi_B - 1 / factorial) / z_B
         powers.append(torch.stack([r_B ** (n - 1) for r_B in r], dim=-1))
         moments.append(factorial * phi_B * z_B / torch.expm1(z_B))
     solution, _ = torch.linalg.solve_ex(torch.stack(powers, dim=-2), torch.stack(moments, dim=-1).unsqueeze(-1))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from hooktuner.config import PluginOptions
 from hooktuner.errors import Problem
 from hooktuner.keys import problems_of, show
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from hooktuner.context import Run
@@ -55,12 +55,20 @@ class Route(BaseModel):
         return self
 
 
+def _some(routes: tuple[Route, ...]) -> tuple[Route, ...]:
+    if not routes:  # `min_length` would also complain where routes were refused one by one
+        raise ValueError("there is no route. Write at least one, or remove tread_config")
+    return routes
+
+
 class TreadConfig(BaseModel):
     """The value of `tread_config`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    routes: tuple[Route, ...] = Field(min_length=1, description="Stretches of blocks that do not overlap.")
+    routes: Annotated[tuple[Route, ...], AfterValidator(_some)] = Field(
+        description="Stretches of blocks that do not overlap.", json_schema_extra={"minItems": 1}
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> TreadConfig:
@@ -105,9 +113,9 @@ class TreadOptions(PluginOptions):
 
     tread_config: Annotated[TreadConfig | None, BeforeValidator(_from_text)] = Field(
         default=None,
-        description='Token routing (TREAD), as an object or as its JSON in a string: `{"routes": [{"selection_ratio": '
-        '0.5, "start_layer_idx": 2, "end_layer_idx": -2}]}`. selection_ratio: share of the tokens that bypass the '
-        "blocks, from 0 to below 1; start and end (inclusive): blocks from 0, negative numbers from the end.",
+        description=f"Token routing (TREAD), as an object or as its JSON in a string: `{EXAMPLE}`. selection_ratio: "
+        "share of the tokens that bypass the blocks, from 0 to below 1; start_layer_idx and end_layer_idx (inclusive): "
+        "blocks from 0, negative numbers from the end.",
     )
     tread_disable_after: float | None = Field(
         default=None,

@@ -111,8 +111,8 @@ class Router(BlockInterceptor):
         rows = range(len(step.batch.index)) if step.rows is None else step.rows
         if len(rows) != batch:
             raise ModelError(
-                f"{NAME} — a block was called with {batch} samples, and the step under way has {len(rows)}. Report this "
-                "to the authors of the family: it must set step.rows when it splits a batch."
+                f"{NAME} — a block was called with {batch} samples, and the step under way has {len(rows)}. Report "
+                "this to the authors of the family: it must set step.rows when it splits a batch."
             )
         draws = [generator(self._seed, NAME, step.batch.index[row], span.number) for row in rows]
         keepable = call.anatomy.keepable(call.args, step)
