@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from hooktuner_kandinsky5_video.card import nabla_refusal
 from hooktuner_kandinsky5_video.options import Kandinsky5VideoOptions
 from hooktuner_kandinsky5_video.patch_conv import enable_patch_conv
 from hooktuner_kandinsky5_video.processor import TextProcessor
+
+FLOAT32_MODULES = ("time_embeddings", "modulation", "visual_modulation", "text_modulation")
+"""What `Kandinsky5Transformer3DModel` keeps in float32 however it is loaded."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,6 +97,7 @@ def _load_text_encoder(run: Run, path: str) -> Pipeline:
 
 def _load_denoiser(run: Run, path: str) -> Kandinsky5Transformer3DModel:
     denoiser = Kandinsky5Transformer3DModel.from_pretrained(path, subfolder="transformer", dtype=run.weight_dtype)
+    compute_in_float32(denoiser)
     if _options(run).sparse_attention == "nabla":
         if denoiser.config["attention_type"] != "nabla":
             raise ModelError(
@@ -101,6 +107,26 @@ def _load_denoiser(run: Run, path: str) -> Kandinsky5Transformer3DModel:
         if run.device is not None and run.device.type != "cuda":
             raise ModelError(str(nabla_refusal("sparse_attention", run.device.type)))
     return denoiser
+
+
+def compute_in_float32(denoiser: torch.nn.Module) -> None:
+    """Let the modules that the model keeps in float32 also compute in float32 under autocast.
+
+    The released pipelines run without autocast, so time embeddings and modulations are float32 there; training under
+    bfloat16 autocast would round them. Only the instances are wrapped; classes stay as they are.
+    """
+    for name, module in denoiser.named_modules():
+        if name.rpartition(".")[2] in FLOAT32_MODULES:
+            module.forward = _without_autocast(module.forward)
+
+
+def _without_autocast(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    @functools.wraps(forward)
+    def wrapped(value: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(value.device.type, enabled=False):
+            return forward(value.float())
+
+    return wrapped
 
 
 def _checkpoint(run: Run) -> str:

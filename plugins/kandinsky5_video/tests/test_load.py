@@ -98,3 +98,17 @@ def test_nabla_is_refused_for_a_dense_checkpoint(make_run, plugin, checkpoints):
     run.model_path = checkpoints["tiny"]
     with pytest.raises(ModelError, match="was trained with dense attention, and sparse_attention asks for NABLA"):
         plugin.load_model(run, Part.DENOISER)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_under_autocast_the_prediction_is_the_released_pipelines_bfloat16_prediction(make_run, plugin, make_step):
+    """Time embeddings and modulations would otherwise be rounded to bfloat16 in training, and in training only."""
+    run = make_run()
+    run.weight_dtype = run.compute_dtype = torch.bfloat16
+    denoiser = plugin.load_model(run, Part.DENOISER)
+    step = make_step(run)
+    with torch.no_grad():
+        outside = plugin.predict(run, denoiser, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = plugin.predict(run, denoiser, step)
+    assert torch.equal(inside, outside)
