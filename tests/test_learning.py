@@ -72,7 +72,7 @@ def test_a_wrong_sign_is_noticed(place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", [lambda value: value / 3, lambda value: value + 0.5], ids=["a wrong scale", "a wrong shift"]
+    "fault", [lambda value: value / 3, lambda value: value + 1], ids=["a wrong scale", "a wrong shift"]
 )
 def test_latents_with_a_fault_are_noticed(place, monkeypatch, fault, request):
     encode = latents.encode_clips
