@@ -17,6 +17,7 @@ from hooktuner.family import BlockTokens, Grid, Keepable
 
 from hooktuner_kandinsky5_video.attention import unwrapped
 from hooktuner_kandinsky5_video.geometry import NABLA_TILE
+from hooktuner_kandinsky5_video.predict import take
 
 TILE_TOKENS = NABLA_TILE**2
 
@@ -76,7 +77,7 @@ class Kandinsky5Anatomy:
         given_B = step.conditioning.given_B1FHW[:, 0, 0, 0, 0]
         rows = step.rows
         if rows is not None and len(rows) < len(given_B):
-            given_B = given_B[list(rows)]
+            given_B = take(given_B, rows)
         tokens = args[0].shape[1]
         first_N = torch.arange(tokens, device=args[0].device) < grid.rows * grid.columns
         return given_B[:, None] & first_N[None, :]

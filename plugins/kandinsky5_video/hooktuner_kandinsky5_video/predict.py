@@ -65,10 +65,16 @@ def predict(run: Run, denoiser: torch.nn.Module, step: Step) -> torch.Tensor:
         step.rows = None
     velocity_BFHWC = outputs[0]
     if len(groups) > 1:
-        order = [row for rows in groups for row in rows]
-        places = [order.index(row) for row in range(len(order))]
-        velocity_BFHWC = torch.cat(outputs)[places]
+        by_row = {
+            row: output[place] for rows, output in zip(groups, outputs, strict=True) for place, row in enumerate(rows)
+        }
+        velocity_BFHWC = torch.stack([by_row[row] for row in range(len(by_row))])
     return velocity_BFHWC.permute(0, 4, 1, 2, 3)
+
+
+def take(tensor_B: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some samples of a batch. Indexing with a list would copy the list to the device and wait for it."""
+    return torch.stack([tensor_B[row] for row in rows])
 
 
 def denoiser_input(run: Run, denoiser: torch.nn.Module, step: Step) -> torch.Tensor:
@@ -92,7 +98,7 @@ def _call(
     """One call of the denoiser for the samples `rows`, whose captions are equally long: velocity (b, F, H, W, C)."""
     timestep_B, device = step.timestep_B, input_BFHWC.device
     if len(rows) < len(step.batch.text):
-        input_BFHWC, timestep_B = input_BFHWC[list(rows)], timestep_B[list(rows)]
+        input_BFHWC, timestep_B = take(input_BFHWC, rows), take(timestep_B, rows)
     qwen_BLD = torch.stack([step.batch.text[row]["qwen_LD"] for row in rows])
     clip_BD = torch.stack([step.batch.text[row]["clip_D"] for row in rows])
     _, frames, latent_rows, latent_columns, _ = input_BFHWC.shape
