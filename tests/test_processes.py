@@ -36,16 +36,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(tmp_path):
     two = make_project(tmp_path / "two", gradient_accumulation_steps=1, **keys)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        str(script),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
         [*command, str(two)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, check=False
     )
