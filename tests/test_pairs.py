@@ -60,7 +60,7 @@ def test_a_technique_on_a_family(tmp_path, technique, family, kind):
     assert reason in " ".join(readme.split())
 
 
-@pytest.mark.parametrize("pair", itertools.combinations(TECHNIQUES, 2), ids=lambda pair: "+".join(pair))
+@pytest.mark.parametrize("pair", list(itertools.combinations(TECHNIQUES, 2)), ids=lambda pair: "+".join(pair))
 def test_two_techniques_together(tmp_path, pair):
     result = train(tmp_path, pair, FAMILIES[0], lora_dropout=0.1)
     assert all(map(math.isfinite, result.losses))

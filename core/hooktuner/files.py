@@ -47,12 +47,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
-        if path.exists():
-            shutil.rmtree(path)
+        remove_folder(path)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill in the middle leaves nothing under its name."""
+    if path.exists():
+        doomed = partial_name(path.with_name(f"old-{path.name}"))
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def remove_partials(folder: Path) -> None:

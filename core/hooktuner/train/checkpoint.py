@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from hooktuner.context import Run
 from hooktuner.errors import CheckpointError
-from hooktuner.files import atomic_folder, remove_partials, write_json
+from hooktuner.files import atomic_folder, remove_folder, remove_partials, write_json
 from hooktuner.train.adapters import export
 from hooktuner.train.kernel import Kernel
 
@@ -117,7 +116,7 @@ def _forget_old(run: Run, *, keep: Path) -> None:
     limit = run.config.checkpoints_total_limit
     if limit > 0:
         for old in [path for path in list_checkpoints(run.output_dir) if path != keep][: -(limit - 1) or None]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
 
 # ------------------------------------------------------------------------------------------------------- finding

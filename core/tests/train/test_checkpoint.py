@@ -178,3 +178,17 @@ def load_tensors(data):
     from safetensors.torch import load
 
     return load(data)
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    """What stands under a checkpoint's name is complete, also in the middle of its removal."""
+    path = make_project(tmp_path, max_train_steps=2, checkpoint_step_interval=1, checkpoints_total_limit=1)
+
+    def killed(folder, *more, **keys):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hooktuner.files.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(path)
+    for folder in (tmp_path / "output/checkpoints").glob("step-*"):
+        assert (folder / "state/run.json").is_file()
