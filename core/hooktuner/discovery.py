@@ -68,7 +68,7 @@ class Plugin:
             try:
                 loaded = self.entry_point.load()
                 self.target = loaded() if inspect.isclass(loaded) else loaded
-            except Exception as failure:
+            except (Exception, SystemExit) as failure:
                 raise PluginError(
                     f"{self.name} ({self.origin}, {self.entry_point.value}) — cannot be imported: "
                     f"{type(failure).__name__}: {failure}. Reinstall or update {self.distribution}, or run without it."
@@ -190,7 +190,7 @@ def catalogue(notes: list[str] | None = None) -> dict[str, Published]:
                     keys=tuple(entry.get("keys", ())),
                     aliases=tuple(entry.get("aliases", ())),
                 )
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:
             if notes is not None:
                 notes.append(f"The catalogue {entry_point.value} cannot be read: {type(failure).__name__}: {failure}.")
     return merged
@@ -331,6 +331,6 @@ def blamed(plugin: Plugin, place: str) -> Iterator[None]:
     """Note on every exception of the body which plugin raised it, and where (`hook predict`, `card.check` …)."""
     try:
         yield
-    except Exception as failure:
+    except (Exception, SystemExit) as failure:
         failure.add_note(f"raised by plugin {plugin.name} ({plugin.origin}) in {place}")
         raise

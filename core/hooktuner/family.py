@@ -119,7 +119,7 @@ class ModelCard:
     `defaults` fills config keys that the user left out (`frame_rate`, `flow_schedule_shift`, `validation_guidance` …).
     `lora_targets` is a regular expression over full module names (peft's `target_modules` as a string).
     `offers` are the capabilities that techniques may need (`Technique.needs`).
-    `check` is asked once, after the config is frozen and before anything is loaded.
+    `check` is asked after the config is frozen and before anything is loaded, and again once `run.device` is known.
     """
 
     name: str
@@ -132,6 +132,9 @@ class ModelCard:
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     offers: frozenset[str] = frozenset()
     check: Callable[[Run], Iterable[Problem]] | None = None
+    check_clips: Callable[[Run, Iterable[tuple[int, int, int]]], Iterable[Problem]] | None = None
+    """Asked once the clips are planned and the device is known, still before anything is loaded: what the model cannot
+    do with clips of these (frames, height, width) in pixels on `run.device`."""
     anatomy: Callable[[Run], Anatomy] | None = None
     """Makes the anatomy of the denoiser; families without one offer nothing that works on blocks."""
     lora_prefix: str = "transformer"

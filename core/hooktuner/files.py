@@ -34,10 +34,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when the body has finished and everything is on disk.
 
-    An existing folder of that name is replaced.
+    An existing folder of that name is replaced; with `keep_existing` it stays, for folders that several processes may
+    make at once and that others may already be reading.
     """
     temporary = partial_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,8 +48,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
-        remove_folder(path)
-        os.replace(temporary, path)
+        if not keep_existing:
+            remove_folder(path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not (keep_existing and path.is_dir()):
+                raise
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -34,7 +34,7 @@ def describe(plugin: Plugin, installed: Sequence[Plugin]) -> dict[str, Any]:
     try:
         hooks = [*plugin.implementations]
         plugin.option_model()
-    except Exception as failure:  # whatever a plugin does, the list is complete
+    except (Exception, SystemExit) as failure:  # whatever a plugin does, the list is complete
         why = str(failure).partition(" — ")[2] or str(failure)
         return {**entry, "kind": "unknown", "summary": "", "hooks": [], "status": f"cannot be used: {why}"}
     return {
@@ -134,7 +134,7 @@ def option_models(names: Sequence[str] = ()) -> list[tuple[Plugin, type[PluginOp
     for plugin in [find_plugin(name, installed) for name in names] or installed:
         try:
             model = plugin.option_model()
-        except Exception:
+        except (Exception, SystemExit):
             if names:
                 raise
             continue

@@ -43,7 +43,7 @@ def build_model_source(run: Run) -> Path | str:
     folder = home() / "models" / f"{run.card.name}-{flavour.name}-{_code_hash(flavour.build)}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as unfinished:
+        with atomic_folder(folder, keep_existing=True) as unfinished:
             flavour.build(unfinished)
     return folder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +22,14 @@ from hooktuner import events
 from hooktuner.assemble import assemble, build_model_source, resolved
 from hooktuner.context import Run
 from hooktuner.draft import read_draft
-from hooktuner.errors import CheckpointError
+from hooktuner.errors import CheckpointError, ConfigError
 from hooktuner.files import remove_partials, write_json
 from hooktuner.plugins import PluginSet
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from hooktuner.data import Loader, TrainingData
+    from hooktuner.data import DataPlan, Loader, TrainingData
     from hooktuner.train.kernel import Kernel
     from hooktuner.train.loop import Progress
     from hooktuner.train.validation import Validator
@@ -76,7 +77,14 @@ def _quiet_libraries() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    loud = [one for one in (diffusers_logging, transformers_logging) if one.is_progress_bar_enabled()]
+    with warnings.catch_warnings():
+        # diffusers' float normalisation of bfloat16 weights; said once per process by torch, and nothing to act on
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield from _without_bars(diffusers_logging, transformers_logging)
+
+
+def _without_bars(*libraries: Any) -> Iterator[None]:
+    loud = [one for one in libraries if one.is_progress_bar_enabled()]
     for one in loud:
         one.disable_progress_bar()
     try:
@@ -160,6 +168,7 @@ class _Story:
         try:
             with engine.main_first():
                 plan = index_datasets(run, console=self.console, stop=self.interrupt)
+            self._check_machine(plan)
             if dry_run:
                 self._report_notes()
                 self.result.reason = "planned"
@@ -183,9 +192,34 @@ class _Story:
             folder = self.run.output_dir
             folder.mkdir(parents=True, exist_ok=True)
             remove_partials(folder)
-            write_json(folder / "config.resolved.json", resolved(self.run))
-            write_json(folder / "plugins.lock.json", self.plugins.lock())
         self.engine.wait()
+
+    def _record(self, first_step: int) -> None:
+        """Write down what runs, once it is sure that it will; checkpoints of another continuation make room."""
+        from hooktuner.train import checkpoint as checkpoints
+
+        if self.engine.is_main:
+            folder = self.run.output_dir
+            write_json(folder / checkpoints.CONFIG_FILE, resolved(self.run))
+            write_json(folder / checkpoints.LOCK_FILE, self.plugins.lock())
+            aside = checkpoints.set_aside(folder, first_step - 1)
+            if aside is not None:
+                self.console.print(
+                    f"Checkpoints after step {first_step - 1} belong to another run: moved to {aside}.",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        self.engine.wait()
+
+    def _check_machine(self, plan: DataPlan) -> None:
+        """What the family cannot do with these clips on this device, before anything is loaded."""
+        card = self.run.card
+        assert card is not None
+        clips = sorted({(clip.bucket.frames, clip.bucket.height, clip.bucket.width) for clip in plan.clips})
+        problems = list(card.check(self.run)) if card.check else []
+        problems += card.check_clips(self.run, clips) if card.check_clips else []
+        if problems:
+            raise ConfigError(problems)
 
     def _prompts(self) -> list[Any]:
         from hooktuner.train.validation import named_prompts
@@ -232,6 +266,7 @@ class _Story:
         if position.step >= total:
             self.console.print(f"Nothing to do: {position.step} of {total} steps are done. Raise max_train_steps.")
             return
+        self._record(position.step + 1)
         writer = MetricsWriter(run.output_dir, self.engine, after_step=position.step)
         run.on_close(writer.close)
         self.engine.start_trackers(self.config)
@@ -249,10 +284,15 @@ class _Story:
             self.result.reason = "interrupted"
             self.console.print(
                 f"Stopped after step {progress.position.step} of {total}; saved {progress.checkpoint}. "
-                "Run the same command again to go on (resume_from_checkpoint: latest).",
+                f"{self._how_to_go_on()}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _how_to_go_on(self) -> str:
+        if self.config.resume_from_checkpoint == "latest":
+            return "Run the same command again to go on."
+        return "Run it again with --resume_from_checkpoint latest to go on."
 
     def _take_over(self, progress: Progress) -> None:
         self.result.steps = progress.position.step

@@ -14,6 +14,7 @@ No pickle: tensors are safetensors, the rest is JSON. Random generators need no 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,8 +130,30 @@ def folder_of(output_dir: Path, step: int) -> Path:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first."""
-    found = [path for path in (output_dir / FOLDER).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [
+        path
+        for path in (output_dir / FOLDER).glob("step-*")
+        if re.fullmatch(r"step-\d+", path.name) and (path / STATE_FILE).is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def set_aside(output_dir: Path, after_step: int) -> Path | None:
+    """Move checkpoints of steps after `after_step` out of the way, into `checkpoints/replaced-N/`; returns that folder.
+
+    They belong to another continuation of the run, or to another run altogether: left in place they would be taken for
+    the newest of this one. None where there are none.
+    """
+    later = [path for path in list_checkpoints(output_dir) if int(path.name.removeprefix("step-")) > after_step]
+    if not later:
+        return None
+    number = 1
+    while (folder := output_dir / FOLDER / f"replaced-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in later:
+        os.replace(path, folder / path.name)
+    return folder
 
 
 def find(run: Run) -> Path | None:

@@ -40,13 +40,14 @@ class Prompt:
 def named_prompts(prompts: Mapping[str, str]) -> list[Prompt]:
     """Prompts by nickname, under names that every file system takes.
 
-    Characters that file systems refuse become underscores; two nicknames that become equal are numbered.
+    Characters that file systems refuse become underscores, long names are cut, and nicknames that become equal (also
+    to a file system that does not tell upper from lower case) are numbered.
     """
     named: list[Prompt] = []
     for nickname, text in prompts.items():
-        stem = re.sub(r"_+", "_", re.sub(r"[^\w.-]", "_", nickname)).strip("._") or "prompt"
+        stem = re.sub(r"_+", "_", re.sub(r"[^\w.-]", "_", nickname)).strip("._")[:80] or "prompt"
         name, number = stem, 1
-        while name in {prompt.name for prompt in named}:
+        while name.casefold() in {prompt.name.casefold() for prompt in named}:
             number += 1
             name = f"{stem}-{number}"
         named.append(Prompt(name, text))

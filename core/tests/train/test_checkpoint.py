@@ -192,3 +192,35 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(tmp_path
         train(path)
     for folder in (tmp_path / "output/checkpoints").glob("step-*"):
         assert (folder / "state/run.json").is_file()
+
+
+def test_a_fresh_start_in_a_used_folder_moves_the_other_runs_checkpoints_aside(tmp_path):
+    path = make_project(tmp_path, max_train_steps=3, checkpoint_step_interval=1)
+    train(path)
+    train(path, "--resume_from_checkpoint", "none", "--max_train_steps", "2", "--seed", "5")
+    assert [one.name for one in checkpoint.list_checkpoints(tmp_path / "output")] == ["step-000001", "step-000002"]
+    aside = tmp_path / "output/checkpoints/replaced-1"
+    assert sorted(os.listdir(aside)) == ["step-000001", "step-000002", "step-000003"]
+    resumed = train(path, "--max_train_steps", "3", "--seed", "5")
+    assert len(resumed.losses) == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_neither_a_dry_run_nor_a_refused_resume_rewrites_what_ran(tmp_path):
+    path = make_project(tmp_path, max_train_steps=1)
+    train(path)
+    before = (tmp_path / "output/config.resolved.json").read_bytes()
+    hooktuner.run(path, plugins=[ToyFamily], flags=["--lora_rank", "8"], console=QUIET, dry_run=True)
+    with pytest.raises(CheckpointError, match="lora_rank was 4 and is 8"):
+        train(path, "--lora_rank", "8", "--max_train_steps", "2")
+    assert (tmp_path / "output/config.resolved.json").read_bytes() == before
+
+
+def test_a_folder_that_several_processes_make_is_kept_by_the_first(tmp_path):
+    with atomic_folder(tmp_path / "model", keep_existing=True) as mine:
+        (mine / "weights").write_text("mine")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model/weights").write_text("theirs")
+    assert (tmp_path / "model/weights").read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["model"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,16 @@ def _check_validation(run: Run, options: Kandinsky5VideoOptions, attention: str)
             yield nabla_refusal(f"validation_resolution {width}x{height}, {frames} frames", run.device.type)
 
 
+def check_clips(run: Run, clips: Iterable[tuple[int, int, int]]) -> Iterator[Problem]:
+    """Clips that would be attended sparsely on a device that cannot."""
+    choice = run.options_of(NAME, Kandinsky5VideoOptions).sparse_attention
+    device = run.device.type if run.device is not None else "cuda"
+    for frames, height, width in clips:
+        latent_frames = LATENTS.frames.latent_frames(frames)
+        if device != "cuda" and wants_nabla(choice, run.flavour.settings["attention"], latent_frames, height, width):
+            yield nabla_refusal(f"training clips of {width}x{height}, {frames} frames", device)
+
+
 def nabla_refusal(where: str, device: str) -> Problem:
     """Why NABLA cannot run here. Uncompiled flex attention ignores the block list and computes full attention with
     all scores in memory; its backward pass exists on CUDA only."""
@@ -191,6 +201,7 @@ CARD = ModelCard(
     media="video",
     flavours=FLAVOURS,
     default_flavour="t2v-lite-sft-5s",
+    check_clips=check_clips,
     latents=LATENTS,
     lora_targets=LORA_TARGETS,
     defaults={
