@@ -54,6 +54,8 @@ def assemble(draft: Draft, *, with_datasets: bool = True) -> Assembled:
 
     Errors: `ConfigError` with all problems at once; `PluginError` where only plugins are to blame.
     """
+    if draft.unreadable:
+        raise ConfigError(draft.problems)
     partial, bad, problems = validated(RunConfig, draft, "config")
     assert partial is not None, "RunConfig has no rules over several keys"
     choice = choose(draft, partial)

@@ -46,6 +46,8 @@ class Draft:
     values: dict[str, Value] = field(default_factory=dict)
     plugins: tuple[Any, ...] = ()
     problems: list[Problem] = field(default_factory=list)
+    unreadable: bool = False
+    """Nothing is known of what the file says, so nothing that seems to be missing is worth a word."""
 
     def where(self, *keys: str) -> str:
         """How messages name one or several keys, also those that the user did not write."""
@@ -72,23 +74,24 @@ def read_draft(source: Path | str | Mapping[str, Any], flags: Sequence[str] = ()
         _add_pairs(draft, list(source.items()))
     else:
         draft = Draft(str(source), plugins=tuple(plugins))
-        _read_file(draft, Path(source).expanduser())
+        draft.unreadable = not _read_file(draft, Path(source).expanduser())
     _add_flags(draft, [str(word) for word in flags])
     return draft
 
 
-def _read_file(draft: Draft, path: Path) -> None:
+def _read_file(draft: Draft, path: Path) -> bool:
+    """Whether the file could be read as a JSON object."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         draft.problems.append(
             Problem(draft.source, "there is no such file", f"Looked in {Path.cwd()}; give the path of a JSON file.")
         )
-        return
+        return False
     except (OSError, UnicodeDecodeError) as failure:
         why = "it is not UTF-8 text" if isinstance(failure, UnicodeDecodeError) else failure.strerror or str(failure)
         draft.problems.append(Problem(draft.source, f"cannot be read: {why}", "Give the path of a JSON file."))
-        return
+        return False
     try:
         pairs = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as failure:
@@ -99,11 +102,12 @@ def _read_file(draft: Draft, path: Path) -> None:
                 "JSON has no comments and no comma after the last entry.",
             )
         )
-        return
+        return False
     if not isinstance(pairs, _Pairs):
         draft.problems.append(Problem(draft.source, "a config is one JSON object", 'Write {"key": value, …}.'))
-        return
+        return False
     _add_pairs(draft, [(key, _plain(draft, value, key)) for key, value in pairs])
+    return True
 
 
 class _Pairs(list[tuple[str, Any]]):

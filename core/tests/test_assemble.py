@@ -669,3 +669,13 @@ def test_a_flavour_without_any_checkpoint(write_config: WriteConfig, house: Path
         'model_flavour — flavour "built" of films has no published checkpoint. '
         "Set pretrained_model_name_or_path to a folder in the diffusers layout."
     )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_nothing_is_said_of_missing_keys_where_the_file_cannot_be_read(tmp_path, text):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        assemble(read_draft(path))
+    assert len(caught.value.problems) == 1

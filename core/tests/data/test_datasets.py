@@ -82,7 +82,7 @@ def test_every_problem_is_told_at_once(tmp_path):
     assert re.search(r"datasets.json: \[3\].instance_data_dir — .*/no: there is no such folder\. Paths are", text)
     assert "datasets.json: [4] — an entry is a JSON object, not a string." in text
     assert len(problems) == 5
-    assert [dataset.id for dataset in datasets] == ["d"]
+    assert [dataset.id for dataset in datasets] == ["a", "d"]
 
 
 @pytest.mark.parametrize(
@@ -251,3 +251,13 @@ def test_every_key_is_described():
 def test_reading_does_not_import_torch():
     code = "import sys, hooktuner.data.datasets; sys.exit(any(m in sys.modules for m in ('torch', 'av', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_key_does_not_hide_the_other_mistakes_of_its_entry(video):
+    found = told([video(oops=1, instance_data_dir="nowhere"), video()])
+    text = "\n".join(found)
+    assert "[0].oops" in text
+    assert "nowhere" in text
+    assert "id" in text and '"v"' in text  # noqa: PT018  # the second entry has the same id
+    settings, _ = read_datasets([video(oops=1, video={"num_frames": 10})], CONFIG)
+    assert frame_problems(settings, SPEC, CONFIG)  # the frame rule is checked in the same report
