@@ -197,7 +197,7 @@ class HookSpecs(Protocol):
 
     @_spec("at_most_one", hot=True)
     def prepare_input(self, run: Run, step: Step, predict: Any) -> Mapping[str, torch.Tensor] | None:
-        """Replace the noised input before the prediction (scheduled sampling).
+        """Replace the noised input before the prediction, for instance by a rollout of the model itself.
 
         When: after `condition`. Receives: the step, and `predict(noisy_BCFHW, sigma_B)` → velocity_BCFHW without
         gradients and without dropout, conditioning included.
