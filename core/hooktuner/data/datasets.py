@@ -105,7 +105,7 @@ def _read_entry(entry: Any, location: str) -> tuple[Dataset | None, list[Problem
     except ValidationError as failure:
         found = problems_of(failure, entry, lambda key: f"{location}.{key}" if key else location, model)
         problems += [_with_place(problem, location, model) for problem in found]
-        rest = _without_unknown_keys(entry, failure, model)
+        rest = _without_wrong_keys(entry, failure, model)
         if rest is None:
             return None, problems
         dataset = rest
@@ -113,19 +113,20 @@ def _read_entry(entry: Any, location: str) -> tuple[Dataset | None, list[Problem
     return dataset, problems
 
 
-def _without_unknown_keys(entry: dict[str, Any], failure: ValidationError, model: type[Dataset]) -> Dataset | None:
-    """The entry without its unknown keys, so that its other mistakes are found in the same report; None where its
-    known keys are wrong too."""
+def _without_wrong_keys(entry: dict[str, Any], failure: ValidationError, model: type[Dataset]) -> Dataset | None:
+    """The entry without the keys that are unknown or wrong, so that its other mistakes are found in the same report;
+    None where nothing usable is left."""
     rest = json.loads(json.dumps(entry))
-    for error in failure.errors():
-        if error["type"] != "extra_forbidden":
-            return None
-        *path, key = error["loc"]
-        holder = rest
-        for part in path:
-            holder = holder[part]
-        del holder[key]
-    return model.model_validate(rest)
+    try:
+        for error in failure.errors():
+            *path, key = error["loc"]
+            holder = rest
+            for part in path:
+                holder = holder[part]
+            holder.pop(key, None)
+        return model.model_validate(rest)
+    except (ValidationError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _numbers_not_flags(entry: dict[str, Any], model: type[BaseModel], location: str) -> Iterator[Problem]:

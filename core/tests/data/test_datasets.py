@@ -81,8 +81,9 @@ def test_every_problem_is_told_at_once(tmp_path):
     assert 'datasets.json: [2].crop — must be true or false, not "maybe".' in text
     assert re.search(r"datasets.json: \[3\].instance_data_dir — .*/no: there is no such folder\. Paths are", text)
     assert "datasets.json: [4] — an entry is a JSON object, not a string." in text
-    assert len(problems) == 5
-    assert [dataset.id for dataset in datasets] == ["a", "d"]
+    assert "[2].instance_data_dir" in text  # a wrong value hides no other mistake of its entry
+    assert len(problems) == 6
+    assert [dataset.id for dataset in datasets] == ["a", "c", "d"]
 
 
 @pytest.mark.parametrize(
